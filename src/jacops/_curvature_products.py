@@ -68,7 +68,7 @@ def hvp(
         tensor([1., 2.])
     """
     if is_sharded(model):
-        return sharded_hvp(model, loss, x, y, v, create_graph=create_graph, **options)
+        return sharded_hvp(model, loss, x, y, v, {"create_graph": create_graph, **options})
     return _for_one_product(model, loss, x, y, make_hessian, "hvp", create_graph=create_graph, **options) @ v
 
 
@@ -122,7 +122,7 @@ def ggnvp(
         tensor([1., 2.])
     """
     if is_sharded(model):
-        return sharded_ggnvp(model, loss, x, y, v, create_graph=create_graph, **options)
+        return sharded_ggnvp(model, loss, x, y, v, {"create_graph": create_graph, **options})
     return _for_one_product(model, loss, x, y, make_ggn, "ggnvp", create_graph=create_graph, **options) @ v
 
 

@@ -161,5 +161,5 @@ def _paths(
     starts, many, begin = starts_of(samples, x, given, inside=inside)
     paths = Paths(samples, starts, many)
     if inside and samples.count:
-        paths = from_layer(paths, at, target, **chosen)
+        paths = from_layer(paths, at, target, chosen)
     return paths, begin

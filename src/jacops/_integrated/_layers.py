@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ def source_of(at: At) -> str | None:
     return at if isinstance(at, str) or at is None else at[0]
 
 
-def from_layer(paths: Paths, at: At, target: Any, **options: Any) -> Paths:
+def from_layer(paths: Paths, at: At, target: Any, options: Mapping[str, Any]) -> Paths:
     """Return the paths of a layer's outputs from those at baselines to those at samples.
 
     Args:

@@ -86,7 +86,7 @@ def results_of(ranks: MeshRanks, shards: Mapping[str, Shard], grads: Grads) -> l
     return found
 
 
-def refuse_options_of(call: str, **options: Any) -> None:
+def refuse_options_of(call: str, **options: object) -> None:
     """Refuse options that products with sharded models do not have.
 
     Raises:

@@ -127,7 +127,7 @@ def sharded_jvp(model: Any, x: Any, v: Any, call: str, create_graph: bool) -> An
 
 
 @restoring
-def sharded_hvp(model: Any, loss: Any, x: Any, y: Any, v: Any, **options: Any) -> Any:
+def sharded_hvp(model: Any, loss: Any, x: Any, y: Any, v: Any, options: Mapping[str, Any]) -> Any:
     """Return the Hessian of the loss times `v`, in the form of `v`, summed over ranks that have data of their own."""
     joint, of_output, summed, parts = _curvature("hvp", model, loss, {"x": x, "y": y}, v, options)
     value = joint.run(x, summed, lambda outputs, tree, output: of_output(output))
@@ -137,7 +137,7 @@ def sharded_hvp(model: Any, loss: Any, x: Any, y: Any, v: Any, **options: Any) -
 
 
 @restoring
-def sharded_ggnvp(model: Any, loss: Any, x: Any, y: Any, v: Any, **options: Any) -> Any:
+def sharded_ggnvp(model: Any, loss: Any, x: Any, y: Any, v: Any, options: Mapping[str, Any]) -> Any:
     """Return the Gauss-Newton matrix times `v`, in the form of `v`, summed over ranks that have data of their own."""
     joint, of_output, summed, parts = _curvature("ggnvp", model, loss, {"x": x, "y": y}, v, options)
 
