@@ -63,6 +63,13 @@ def size(tensor: Tensor) -> float:
     return largest * float(torch.linalg.vector_norm(wide / largest))
 
 
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers in the same shape, dtype and place; NaN is the same as NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN equals NaN here
+
+
 def worst_disagreement(pairs: Sequence[tuple[Tensor, Tensor]], scales: Sequence[float] | None = None) -> float:
     """Return the largest relative distance over pairs of tensors.
 

@@ -15,6 +15,7 @@ from ._batch_model import FEW
 from ._batch_points import AT_ROUNDING, BY_CURVATURE, Points, by_column, row_norms
 from ._batch_problem import BatchProblem
 from ._layout import Values
+from ._second_order import is_due
 from ._sequences import Sequences
 from ._stopping import FALLS, GOOD, NOISY, REJECTIONS, ZERO, StoppingCriteria
 from ._strategies import Constant, Strategy, TrustRegion
@@ -227,7 +228,7 @@ class _BatchLoop:
         return _Trial(step, length, tried, predicted, ratio, at_noise, states.insist.copy(), factor, good), values
 
     def _factors(self, whole: np.ndarray) -> np.ndarray:
-        """Return how many times the undamped steps lead on, 1 where that is not known."""
+        """Return by what the undamped steps are multiplied, 1 where they form no known sequence."""
         states, points = self.states, self.points
         if not isinstance(self.strategy, TrustRegion) or not states.sequences.last.any():
             return np.ones(len(whole))
@@ -311,7 +312,7 @@ class _BatchLoop:
         states, points = self.states, self.points
         reason, predicted, _ = points.evidence
         flat = ~by_column(points.norms).any(0) & (reason == 0)
-        asked = points.doubted(met) & ((reason > 0) | (states.refusals & (states.refusals + 1) == 0))
+        asked = points.doubted(met) & ((reason > 0) | is_due(states.refusals))
         is_minimum, falls = self.problem.minima_and_saddles(points, asked)
         self._found_by_curvature(is_minimum & (reason == 0))
         reason = np.where(is_minimum & (reason == 0), BY_CURVATURE, reason)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from .._extras.lie import layout as lie_layout
 from .._finite import require_finite
 from .._requirements import check_choice
+from .._runtime.agreement import identical
 from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
@@ -87,10 +88,6 @@ def _fullness(lin: Linearization) -> float:
 
 def _copied(value: Any) -> Any:
     return out_of_inference(value).detach().clone() if isinstance(value, Tensor) else value
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other) or torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 class FitProblem:
@@ -175,7 +172,7 @@ class FitProblem:
         Args:
             module: What is run: the caller's model, for derivatives by its data, or `work`.
             values: The parameters.
-            success: Whether the point is asked about.
+            success: Whether the point is examined.
         """
         one = {name: value.unsqueeze(0) for name, value in values.items()}
         active = None if self.bounds is None else self.bounds.active(one)
@@ -212,7 +209,7 @@ class FitProblem:
             args, kwargs = split_input(tree.build([_copied(v) for v in leaves]))
             found = replica(args, kwargs)
         for name, wanted in self._wanted.items():
-            if not _same(self.held[name].detach().as_subclass(Tensor), wanted.as_subclass(Tensor)):
+            if not identical(self.held[name].detach().as_subclass(Tensor), wanted.as_subclass(Tensor)):
                 raise self._written(f" {name}")
         return found
 

@@ -1,4 +1,4 @@
-r"""What exact second derivatives say of a point that $J^\top J$ says nothing of.
+r"""Evidence by exact second derivatives, for points where $J^\top J$ gives none.
 
 Where the Jacobian has no full rank and residuals are not zero, $J^\top J$ is no approximation of the Hessian along what
 it lacks: `x ** 2 + 1` has its minimum where it is zero, and `x ** 2 - 1` a maximum.
@@ -22,7 +22,7 @@ from ._undamped import lacks_rank
 if TYPE_CHECKING:
     from ._problem import FitProblem
 
-MOST_COLUMNS = 100  # whose Hessian takes a pull each; more are not asked about
+MOST_COLUMNS = 100  # each takes a pull for the Hessian; with more it is not computed
 DOUBTED = 1e-2  # least reduction that an undamped step predicts where steps end: that is not its rounding
 MINIMUM = "the exact Hessian is positive definite, and a Newton step with it predicts a reduction of at most 1e-8"
 FLAT = "the Jacobian is zero: no parameter changes a residual here"
@@ -38,18 +38,18 @@ _FALLS = 1e-6  # least fall, by the size of the parameters, relative to the obje
 def by_curvature(
     problem: FitProblem, point: FitPoint, found: Certificate, refusals: int = 0
 ) -> tuple[Certificate, str]:
-    """Return evidence by second derivatives where the Jacobian has none, and why no step can lead on, if so.
+    """Return evidence by second derivatives where the Jacobian gives none, and why no step improves the point, if so.
 
     Args:
         problem: The problem.
         point: Where it is.
         found: The evidence by the Jacobian.
-        refusals: How often a rule was met without evidence; it is asked as often as these double.
+        refusals: How often a stop rule was met without evidence, as in `is_due`.
     """
-    system, few = point.system, refusals & (refusals + 1) == 0
+    system = point.system
     flat, able = not system.norms.any(), len(system.norms) <= MOST_COLUMNS
     singular = not system.norms.all() or (able and lacks_rank(system))
-    asked = singular if found.reason else few and (singular or found.predicted >= DOUBTED)
+    asked = singular if found.reason else is_due(refusals) and (singular or found.predicted >= DOUBTED)
     if asked and point.cost > point.floor:
         minimum = problem.minimum(problem.work, point.values, True)
         is_minimum, falls = minima_and_saddles(
@@ -61,6 +61,11 @@ def by_curvature(
     return found, FLAT if flat and not found.reason else ""
 
 
+def is_due(refusals: Any) -> Any:
+    """Return whether the Hessian is computed after so many refusals of a stop rule: 0, 1, 3, 7 …, fewer and fewer."""
+    return refusals & (refusals + 1) == 0
+
+
 def minima_and_saddles(
     minima: Minima, cost: np.ndarray, sizes: np.ndarray, eps: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +74,7 @@ def minima_and_saddles(
     Where second derivatives are not known, or the Hessian is singular, a problem is at neither.
 
     Args:
-        minima: The problems, `success` those that are asked about.
+        minima: The problems; those with `success` are examined.
         cost: Their objectives, (n,).
         sizes: Magnitudes of what their free columns move, (n, columns).
         eps: Relative rounding error of residuals and Jacobians.

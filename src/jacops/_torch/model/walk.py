@@ -13,17 +13,7 @@ from torch import Tensor, nn
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """Return `list(model.modules())`: a module and all below it, each once."""
-    found: dict[int, nn.Module] = {}
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        if id(module) not in found:
-            if type(module).named_modules is not _NAMED_MODULES:  # a class with a walk of its own
-                return list(model.modules())
-            found[id(module)] = module
-            if module._modules:
-                stack += [child for child in reversed(module._modules.values()) if child is not None]
-    return list(found.values())
+    return [module for _, module in named_modules_of(model)]
 
 
 def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -33,7 +23,7 @@ def named_modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     while stack:
         path, module = stack.pop()
         if id(module) not in found:
-            if type(module).named_modules is not _NAMED_MODULES:
+            if type(module).named_modules is not _NAMED_MODULES:  # a class with a walk of its own
                 return list(model.named_modules())
             found[id(module)] = path, module
             if module._modules:

@@ -13,7 +13,7 @@ from ..._runtime.rows import plain
 from ..layers.factors import unit_seeds
 from ..sweeps.graph import passed_bytes
 from ..sweeps.linearization import Linearization
-from ..sweeps.nodewise import LARGE
+from ..sweeps.nodewise import pushes_are_large
 from .independent import SamplesIndependent
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _to_a_pass(lin: Linearization) -> int:
 
 def _small(lin: Linearization) -> bool:
     """Return whether tangents are small enough to be faster in one batched pass."""
-    return lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim <= LARGE
+    return lin.domain.device.type == "cpu" and not pushes_are_large(lin)
 
 
 def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> Iterator[None]:

@@ -37,8 +37,13 @@ if TYPE_CHECKING:
 # read.
 _warn_of_loops = torch._C._functorch._set_vmap_fallback_warning_enabled  # pyright: ignore[reportAttributeAccessIssue]
 _SLOW, _NEGLIGIBLE = 4.0, 5e-3  # a differentiated pull takes 2 to 3 pulls; seconds below which timing is noise
-LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
+_LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
+
+
+def pushes_are_large(lin: Linearization) -> bool:
+    """Return whether a processor is as fast tangent by tangent; a device is always faster with all in one pass."""
+    return lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Nodewise:
             lin: Whose graph it is.
             tangent: The tangents.
             together: There are several, `(k, *leaf)` each, which gives `(k, *output)`.
-            sparse: Most of its entries are zero, so that parts which are selected are worth a look whether they move.
+            sparse: Most of its entries are zero, so that selected parts are tested for being zero.
 
         Raises:
             RouteNotFiniteError: A value is NaN or Inf.
@@ -179,10 +184,11 @@ class NodewisePush:
     def refuses(self, ask: SweepAsk) -> str | None:
         """Several small tangents are faster in one batched pass; there is no graph to go through for later sweeps."""
         lin = ask.lin
-        # A processor is as fast tangent by tangent once they are large; a device is faster with all in one pass.
-        large = lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > LARGE
         alone = (
-            ask.alone or ask.many == 1 or large or ask.verdicts.refusal(Question.PUSH, RouteName.BATCHED) is not None
+            ask.alone
+            or ask.many == 1
+            or pushes_are_large(lin)
+            or ask.verdicts.refusal(Question.PUSH, RouteName.BATCHED) is not None
         )
         return None if alone and ask.rows and not ask.create_graph else ""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._digests import byte_view
+from ..._runtime.agreement import identical
 from ..._runtime.contexts import arithmetic
 from ..._runtime.restoring import process_lock, restoring
 from ...errors import JacopsError, ModelStateError, NotDifferentiableError
@@ -90,7 +91,7 @@ class Weights:
         known = self._values or self._digests
         for name, tensor in tensors.items():
             now = tensor.detach() if self._values else _digest(tensor)
-            if name not in known or not _same(now, known[name]):
+            if name not in known or not identical(now, known[name]):
                 return name
         return None
 
@@ -144,12 +145,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _modes(module: nn.Module) -> tuple[bool, ...]:
     return tuple(part.training for part in modules_of(module))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-        return False
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124 - NaN equals NaN here
 
 
 def _digest(tensor: Tensor) -> Tensor:
