@@ -107,7 +107,7 @@ def in_a_fresh_process(module: str, call: str) -> Elsewhere:
         module: Where names in `call` are looked up.
         call: An expression that gives a callable; what it gives is a number or an array.
     """
-    code = f"from {__name__} import tell; from {module} import *; tell({call}, {torch.get_num_threads()})"
+    code = f"from {__name__} import print_call; from {module} import *; print_call({call}, {torch.get_num_threads()})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, check=True)
@@ -115,7 +115,7 @@ def in_a_fresh_process(module: str, call: str) -> Elsewhere:
     return Elsewhere(np.array(answer)[()], wall, processor)
 
 
-def tell(call: Callable[[], Any], threads: int) -> None:
+def print_call(call: Callable[[], Any], threads: int) -> None:
     """Make a call and print what it gives and takes, for `in_a_fresh_process`."""
     torch.set_num_threads(threads)
     wall, processor = time.perf_counter(), time.process_time()

@@ -258,7 +258,7 @@ def hessian_at(
         y: Its target.
         call: The public call on whose behalf this is done.
         gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
-        once: It is for one product, so that nobody asks for its matrix or diagonal.
+        once: It is for one product only; ways to its matrix and diagonal are not prepared.
     """
     lin = gradient_linearization(found, call)
     operator = LinearizedMap(lin, found.output, True)

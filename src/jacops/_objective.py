@@ -193,9 +193,8 @@ class Objective:
         """
         found = self._known(x, pulled)
         if found is None:
-            how: Any = {"kept": True, "aside": True, "pulled": pulled}
             with seeded(self.seed):
-                found = recorded(self.model, x, call=call, parameters=self.picks, **how)
+                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True, aside=True, pulled=pulled)
             if self._x is x:
                 self._found[:] = [found]
         return found

@@ -123,7 +123,7 @@ def sample_gradients(
 
 
 class KeptBatch(NamedTuple):
-    """What is kept of a batch that several questions are asked about.
+    """Recordings of a batch that are kept for several computations.
 
     Attributes:
         record: Gives the recorded output for all rows.

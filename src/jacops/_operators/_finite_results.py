@@ -129,7 +129,7 @@ def parts_of(operator: Operator) -> Iterator[Operator]:
                 yield part
 
 
-@lru_cache(maxsize=256)  # asked of every attribute in every product; the kinds of them are few
+@lru_cache(maxsize=256)  # called for every attribute in every product, with few types
 def _acts(kind: type) -> bool:
     return hasattr(kind, "_apply_transpose")
 

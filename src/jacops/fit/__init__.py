@@ -25,7 +25,7 @@ eager(__name__)
 
 
 def __getattr__(name: str) -> object:
-    """Say what stands for a name that other libraries have."""
+    """Name the equivalent of a function of another library."""
     from .._familiar_names import hint
 
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint(name)}")

@@ -267,7 +267,7 @@ class Points:
         return reason, np.where(known, share, 0.0), np.asarray(close)
 
     def doubted(self, which: np.ndarray) -> np.ndarray:
-        """Return which of some points the Jacobian says little of: it is singular, or predicts much where steps end."""
+        """Return the points among these where the Jacobian is singular, or predicts much although steps end."""
         reason, predicted, _ = self.evidence
         pivots = smallest_pivots(self._triangle[0])
         singular = by_column(self.norms == 0).any(0) | ~(pivots > max(_PIVOT, _COARSE * self.eps))

@@ -99,7 +99,7 @@ class BatchProblem:
 
         Args:
             values: The parameters of these.
-            success: Which of them are asked about.
+            success: Which of them are examined.
         """
         first, asked = self.first or self, torch.from_numpy(success)
         if self.number is not None:
@@ -112,7 +112,7 @@ class BatchProblem:
         return Minima(values, asked, first.layout, active, first.problems.connected, self.given, CALL)
 
     def minima_and_saddles(self, points: Points, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return which problems are minima by second derivatives, and which fall both ways, among those asked about."""
+        """Return which problems are minima by second derivatives, and which saddles or maxima, among those `asked`."""
         if not asked.any():
             return asked, asked
         first, own = self.first or self, np.arange(self.many) if self.number is None else self.number

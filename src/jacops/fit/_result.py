@@ -155,8 +155,8 @@ class LeastSquaresResult(ArrayLike, Savable, Described, Generic[Found]):
 
         The Hessian is computed for up to 100 parameters, where the Jacobian lacks rank, or predicts 1e-2 or more
         although steps end; a negative curvature, as of saddles and maxima, is no success there. Where the Jacobian has
-        full rank, success says that the gradient is small, and does not tell minima from saddles of curved residuals.
-        A stop rule looser than its default may end the call without this evidence; `status` and `message` then
+        full rank, success means that the gradient is small, and saddles of curved residuals are not excluded. A stop
+        rule looser than its default may end the call without this evidence; `status` and `message` then
         describe which.
         """
         return self.rule_met and bool(self.certificate)

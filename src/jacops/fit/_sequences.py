@@ -21,7 +21,7 @@ _TINY = np.finfo(np.float64).tiny
 
 
 def sum_of_steps(last: np.ndarray, step: np.ndarray) -> np.ndarray:
-    """Return how many times the step all further ones would be together, 1 where they form no geometric sequence.
+    """Return the sum of the step and all further ones as a multiple of it, 1 where they form no geometric sequence.
 
     Args:
         last: The last step, or zeros, (..., columns).
@@ -62,7 +62,7 @@ class Sequences:
         return Sequences(self.last[which], self.waits[which], self.failures[which])
 
     def factor(self, step: np.ndarray, scale: np.ndarray, share: Any, whole: Any) -> np.ndarray:
-        """Return how many times the undamped step to go, 1 where it is not known to be worth a trial.
+        """Return by what to multiply the undamped step, 1 where no trial is warranted.
 
         Args:
             step: The undamped step.

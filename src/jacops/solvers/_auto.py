@@ -169,7 +169,7 @@ class _PreparedAuto(Prepared):
 
 
 def _is_solved(system: System, rows: Tensor, raw: Raw) -> bool:
-    """Whether every row has the residual that was requested, or one that products allow whoever solves by them.
+    """Return whether every row has the requested residual, or one at the rounding level of products.
 
     Of a matrix in memory residuals are exact, so that a factorisation gets below the rounding of products.
     """

@@ -282,10 +282,8 @@ def in_double(operator: Operator, rows: Tensor) -> Tensor:
         return operator._apply(rows)
     match operator:
         case Matrix():
-            step, image = (
-                max(1, CHUNK_ENTRIES // max(1, operator.shape[1])),
-                rows.new_empty(len(rows), operator.shape[0]),
-            )
+            step = max(1, CHUNK_ENTRIES // max(1, operator.shape[1]))
+            image = rows.new_empty(len(rows), operator.shape[0])
             for start, part in enumerate(operator.matrix.split(step)):
                 image[:, start * step : start * step + len(part)] = rows @ part.double().T
             return image

@@ -105,7 +105,7 @@ class Proofs:
         self._relied: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles know nothing: what was proved is of one function, and keyed by what is in this process."""
+        """Copy and pickle without proofs: they belong to one function, and their keys to this process."""
         return Proofs, (self.checks,)
 
     def renew(self) -> None:
