@@ -23,6 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 SLOW = 6.0  # seconds of a first call after which a contender is not run again
 QUICK = 0.5  # seconds that rounds beyond a workload's own may take, since quick calls suffer most from neighbours
 MOST = 25
+ROUND = 0.02  # seconds of a round at least, by repeated calls, as a loop of such calls takes them
+MOST_CALLS = 50
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Measured:
     Attributes:
         workload: The workload's id.
         rival: Who.
-        seconds: Median over the rounds.
+        seconds: Median over the rounds of a call's time; a round of a quick call repeats it.
+        cold: Median over the rounds of the first call's time, when processor caches hold what others used.
         fastest: The quickest round, which a shared machine disturbs least.
         spread: Slowest over fastest round.
         runs: How many rounds there were.
@@ -102,6 +105,7 @@ class Measured:
     workload: str
     rival: str
     seconds: float | None = None
+    cold: float | None = None
     fastest: float | None = None
     spread: float | None = None
     runs: int = 0
@@ -118,6 +122,7 @@ class Contender:
     def __init__(self, name: str, call: Callable[[], Any], clock: Clock) -> None:
         self.name, self.call, self.clock = name, call, clock
         self.times: list[float] = []
+        self.cold: list[float] = []
         self.peak: float | None = None
         self.rounds = 0
         self.error: str | None = None
@@ -144,9 +149,13 @@ class Contender:
         return None
 
     def run(self) -> None:
-        """Take the time of one call."""
+        """Take the times of one call, or of as many as fill a round."""
         gc.collect()
-        self.times.append(timed(self.call, self.clock))
+        spent = [timed(self.call, self.clock)]
+        while sum(spent) < ROUND and len(spent) < MOST_CALLS:
+            spent.append(timed(self.call, self.clock))
+        self.cold.append(spent[0])
+        self.times.append(statistics.mean(spent))
 
     def row(self, workload: str) -> Measured:
         """Return what was measured."""
@@ -154,7 +163,8 @@ class Contender:
             return Measured(workload, self.name, error=self.error)
         fastest, median = min(self.times), statistics.median(self.times)
         spread, runs = max(self.times) / fastest, len(self.times)
-        return Measured(workload, self.name, median, fastest, spread, runs, self.peak)
+        cold = statistics.median(self.cold or self.times)
+        return Measured(workload, self.name, median, cold, fastest, spread, runs, self.peak)
 
 
 def measure(workload: Workload, rounds: int | None = None, clock: str = "wall") -> tuple[list[Measured], Rates]:

@@ -16,7 +16,10 @@ from typing import Any
 from .harness import OURS, RESULTS, Measured, Workload, machine, measure
 
 Row = dict[str, Any]
-HEAD = "| case | contender | time, ms | slowest / fastest | peak, MiB | time / ours | time / floor | goal of ours |"
+HEAD = (
+    "| case | contender | time, ms | first of a round, ms | slowest / fastest | peak, MiB | time / ours | time / floor "
+    "| goal of ours |"
+)
 
 
 def note(text: str) -> None:
@@ -56,9 +59,9 @@ def line_of(row: Measured) -> str:
         return f"  {row.rival:46s} {row.error}"
     ratio = "" if row.ratio is None else f"{row.ratio:8.2f} ×"
     floor = "" if row.floor is None else f"{row.floor:7.1f} floors"
-    return (
-        f"  {row.rival:46s} {_milliseconds(row.seconds):>10s} ms {_mebibytes(row.peak_mib):>6s} MiB {ratio}{floor}"
-        + ("".join(f"\n      {_goal(g)}" for g in row.goals))
+    times = f"{_milliseconds(row.seconds):>10s} ms {f'({_milliseconds(row.cold)})':>10s}"
+    return f"  {row.rival:46s} {times} {_mebibytes(row.peak_mib):>6s} MiB {ratio}{floor}" + (
+        "".join(f"\n      {_goal(g)}" for g in row.goals)
     )
 
 
@@ -103,14 +106,15 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 def table(rows: list[Row]) -> str:
     """Return everything that was measured as one table in Markdown."""
-    lines = [HEAD, "|---|---|" + "--:|" * 5 + "---|"]
+    lines = [HEAD, "|---|---|" + "--:|" * 6 + "---|"]
     for row in rows:
         case = f"{row['workload']} {row['what']}" if row["rival"].startswith(OURS) else row["workload"]
         if row["error"] is not None:
-            lines.append(f"| {case} | {row['rival']} | | | | | | {row['error']} |")
+            lines.append(f"| {case} | {row['rival']} | | | | | | | {row['error']} |")
             continue
         ratio, floor = ("" if row[k] is None else f"{row[k]:.2f}" for k in ("ratio", "floor"))
-        figures = [_milliseconds(row["seconds"]), f"{row['spread']:.2f}", _mebibytes(row["peak_mib"]), ratio, floor]
+        times = [_milliseconds(row["seconds"]), _milliseconds(row.get("cold"))]
+        figures = [*times, f"{row['spread']:.2f}", _mebibytes(row["peak_mib"]), ratio, floor]
         goals = "; ".join(_goal(g) for g in row["goals"])
         lines.append(f"| {case} | {row['rival']} | {' | '.join(figures)} | {goals} |")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The benchmarks run: tiny workloads give rows, verdicts, one table and one plot. What they take is not looked at."""
 
 import importlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from benchmarks import (
     machine,
     report,
 )
-from benchmarks.harness import BEST, FLOOR, Goal, Workload, measure, same
+from benchmarks.harness import BEST, FLOOR, Contender, Goal, Workload, measure, same
 from benchmarks.models import Case, mlp
 
 PEERS = ("curvlinops", "torch-secorder", "PyPose", "BackPACK", "TorchJD", "captum")
@@ -93,11 +94,21 @@ def test_a_later_run_replaces_an_earlier_one(tmp_path, monkeypatch):
     assert [r["rival"] for r in report.newest(tmp_path)] == ["jacops", "torch: new"]
 
 
-def test_a_call_that_compiles_is_made_once_more_than_it_counts():
+def test_a_call_that_compiles_is_made_once_more_than_it_counts(monkeypatch):
+    monkeypatch.setattr(harness, "ROUND", 0)
     calls = []
     for compiles in (False, True):
         measure(Workload("X", "", {"jacops": lambda: calls.append(1)}, compiles=compiles), rounds=1)
     assert len(calls) == 3 + 4
+
+
+@pytest.mark.parametrize(("tick", "many"), [(harness.ROUND / 3.5, 4), (2 * harness.ROUND, 1), (0.0, harness.MOST_CALLS)])
+def test_a_round_repeats_a_quick_call(tick, many):
+    calls = []
+    contender = Contender("jacops", lambda: calls.append(1), map(tick.__mul__, itertools.count()).__next__)
+    contender.run()
+    assert len(calls) == many
+    assert contender.times == contender.cold == [pytest.approx(tick)]
 
 
 def test_a_call_of_ours_may_be_the_one_to_compare_with():
