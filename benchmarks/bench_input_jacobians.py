@@ -10,6 +10,7 @@ from torch.func import functional_call, jacfwd, jacrev, vmap
 
 import jacops
 
+from .by_hand import HAND, input_rows
 from .harness import FLOOR, Goal, Workload, same
 from .models import Block, after_step, cnn, forward_flops, mlp
 
@@ -47,6 +48,7 @@ def workload(
     goals: list[Goal],
     sweeps: int | None = None,
     more_flops: float = 0.0,
+    by_hand: int | None = None,
 ) -> Workload:
     """Return one case with its rivals.
 
@@ -58,6 +60,7 @@ def workload(
         goals: As in `Workload`.
         sweeps: Fewest sweeps that do; the number of outputs by default.
         more_flops: Operations beyond those of the sweeps.
+        by_hand: Samples at a time with which a loop over outputs by hand is fastest, where there is one.
     """
     for param in model.parameters():
         param.requires_grad_(False)
@@ -76,6 +79,8 @@ def workload(
         "autograd.functional: jacobian of the sum": lambda: row_by_row(model, x),
         "autograd.functional: the same, vectorized": lambda: row_by_row(model, x, vectorize=True),
     }
+    if by_hand:
+        rivals[f"{HAND}a loop over outputs"] = input_rows(model, x, by_hand)
     if outputs <= x[0].numel():
         rivals.pop(FORWARD)
     if len(x) > 1024:

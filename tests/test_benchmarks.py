@@ -102,7 +102,9 @@ def test_a_call_that_compiles_is_made_once_more_than_it_counts(monkeypatch):
     assert len(calls) == 3 + 4
 
 
-@pytest.mark.parametrize(("tick", "many"), [(harness.ROUND / 3.5, 4), (2 * harness.ROUND, 1), (0.0, harness.MOST_CALLS)])
+@pytest.mark.parametrize(
+    ("tick", "many"), [(harness.ROUND / 3.5, 4), (2 * harness.ROUND, 1), (0.0, harness.MOST_CALLS)]
+)
 def test_a_round_repeats_a_quick_call(tick, many):
     calls = []
     contender = Contender("jacops", lambda: calls.append(1), map(tick.__mul__, itertools.count()).__next__)

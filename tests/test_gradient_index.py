@@ -14,7 +14,8 @@ import jacops
 from jacops import TorchTwiceDifferentiable, compute_influences, self_influences
 from jacops._influence import _index_tiles
 from jacops._influence._sketch import GradientSketch
-from jacops._torch.layers.parts import Lookup, Outer, Rows, Several
+from jacops._torch.layers.part import Rows
+from jacops._torch.layers.parts import Lookup, Outer, Several
 from jacops._torch.protocol import projected
 from jacops.errors import (
     InputError,

@@ -171,7 +171,7 @@ def gradients_at(
         return row_cotangents(batch.lin, loss, values[inputs:], build, create_graph)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, "sample_gradients", _way(options), forced)
+    what = Definition(values, alone, together, cotangents, "sample_gradients", *_ways(options), model, forced)
     what = what if kept is None else replace(what, sample=kept.sample)
     return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
@@ -265,7 +265,7 @@ def jacobians_at(
         return alone(some) if record is None or len(some[0]) < len(values[0]) else _one_output(record())
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, None, "sample_jacobians", _way(options), forced)
+    what = Definition(values, alone, together, None, "sample_jacobians", *_ways(options), model, forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
@@ -274,8 +274,8 @@ def jacobians_at(
     return _factors(model, what, options, rows, create_graph)
 
 
-def _way(options: RecordOptions) -> str:
-    return check_fallback(options.get("fallback", "warn"))
+def _ways(options: RecordOptions) -> tuple[str, str]:
+    return check_fallback(options.get("fallback", "warn")), options.get("checks", "first")
 
 
 def _one_output(found: Recording) -> Recording:

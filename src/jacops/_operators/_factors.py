@@ -123,6 +123,9 @@ class LayerFactors(Operator):
 
     _own = "layer by layer"
 
+    def _largest(self) -> float:
+        return sum(part.largest() for part in self.parts)  # a maximum could lose a NaN
+
     def _held(self, ask: DenseAsk) -> Held:
         return Held(max(map(_written, self.parts), default=0.0), unit="layer at a time")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from .bias.completeness import Errors, Terms, check_identity, check_slopes
 from .bias.homogeneous import BiasParts
 from .layers.blocks import mirror
-from .layers.part import RowFactors, slices
-from .layers.parts import Outer, Rows, matrix_shape
+from .layers.part import RowFactors, Rows, matrix_shape, slices
+from .layers.parts import Outer
 from .layers.projected import projected
 from .layers.ranked import Vectors, times_vectors
 from .model.cut import At
@@ -45,13 +45,14 @@ from .model.sharded import OWN_FUNCTIONS, Shard, ShardedModel, parts_of, shards_
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
-from .routes.by_sample import Definition, SampleFactors
+from .routes.by_sample import SampleFactors
 from .routes.curvature import hessian_diagonal, hessian_layers
 from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import ConnectedFactors
+from .routes.sample_batches import Definition
 from .routes.whole_ask import Blocks, WholeAsk
 from .routes.whole_matrix import BY_LAYERS, WHOLE, ensure_whole_fits, jacobian_blocks, whole_jacobian
 from .samples.batch import SampleChanges, Samples

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..._ladder.failures import RouteUndecidedError
 from .factors import LayerRows, add_rows
-from .parts import Lookup, Outer, RowFactors, Rows, Several, matrix_shape
+from .part import RowFactors, Rows, matrix_shape
+from .parts import Lookup, Outer, Several
 
 
 class StructureChangedError(RouteUndecidedError):
@@ -27,12 +28,13 @@ class Collected:
 
     Attributes:
         missing: Leaves whose rows are not by uses.
+        whole: As given.
     """
 
     def __init__(self, samples: int, entries: int, layers: LayerRows, whole: bool = False) -> None:
-        self.samples, self.entries, self.missing, self._whole = samples, entries, tuple(layers.missing), whole
+        self.samples, self.entries, self.missing, self.whole = samples, entries, tuple(layers.missing), whole
         self.leaves = layers.lin.leaves
-        self._form = _form(layers, [site.sample_operand() for site in layers.sites])
+        self._form = form_of(layers)
         self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in self.missing}
         self._factors: dict[int, Outer | Lookup] = {}  # by use
         self._places: dict[int, list[int]] = {}  # of leaves that are kept by factors: their uses
@@ -52,11 +54,9 @@ class Collected:
         Raises:
             StructureChangedError: These samples enter in another way than the first ones.
         """
-        operands = [site.sample_operand() for site in layers.sites]
-        changed = not self._whole and _form(layers, operands) != self._form
-        if tuple(layers.missing) != self.missing or changed:
+        if tuple(layers.missing) != self.missing or (not self.whole and form_of(layers) != self._form):
             raise StructureChangedError("samples enter in different ways")
-        return operands
+        return layers.operands
 
     def fill(
         self, where: slice, entry: int, layers: LayerRows, operands: Sequence[Tensor | None], seeds: Sequence[Tensor]
@@ -82,7 +82,7 @@ class Collected:
         for leaf, sites in layers.by_leaf:
             own = {i: part for i in sites if isinstance(part := parts[i], Outer | Lookup)}
             held = sum(p.operand[0].numel() + self.entries * p.delta[0].numel() for p in own.values())
-            if self._whole or len(own) < len(sites) or (own and held >= self.entries * self.leaves[leaf].numel()):
+            if self.whole or len(own) < len(sites) or (own and held >= self.entries * self.leaves[leaf].numel()):
                 self._rows[leaf] = self._empty(leaf)
                 continue
             self._places[leaf] = sites
@@ -131,9 +131,9 @@ def nowhere(leaf: Tensor, samples: int, entries: int) -> Outer:
     return Outer(like.new_empty(samples, entries, 0, 1, long), like.new_empty(samples, 0, 1, wide))
 
 
-def _form(layers: LayerRows, operands: Sequence[Tensor | None]) -> list[tuple[int, bool, bool, tuple[int, ...]]]:
+def form_of(layers: LayerRows) -> list[tuple[int, bool, bool, tuple[int, ...]]]:
     """Return what must be alike between batches."""
     return [
         (site.leaf, site.turned, site.kind == "lookup", () if a is None else tuple(a.shape[1:]))
-        for site, a in zip(layers.sites, operands, strict=True)
+        for site, a in zip(layers.sites, layers.operands, strict=True)
     ]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .collected import nowhere
 from .factors import LayerRows
-from .parts import Lookup, Outer, RowFactors, Rows, Several
+from .part import RowFactors, Rows
+from .parts import Lookup, Outer, Several
 
 
 @dataclass

@@ -76,6 +76,11 @@ class LayerRows:
             yield [_deltas(use, by_node[use.node], some) for use in sites]
 
     @cached_property
+    def operands(self) -> list[Tensor | None]:
+        """What multiplies the parameters, by site."""
+        return [site.sample_operand() for site in self.sites]
+
+    @cached_property
     def by_leaf(self) -> list[tuple[int, list[int]]]:
         """Every covered leaf and which sites are its."""
         covered = (leaf for leaf in range(len(self.lin.leaves)) if leaf not in self.missing)

@@ -1,9 +1,12 @@
-"""Computations with one parameter's share of many rows, some columns at a time."""
+"""One parameter's share of many rows: computations some columns at a time, and rows kept as they are."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
 
 import torch
 from torch import Tensor
@@ -39,6 +42,10 @@ class RowFactors(ABC):
     @abstractmethod
     def tensors(self) -> Sequence[Tensor]:
         """What is held."""
+
+    @abstractmethod
+    def largest(self) -> float:
+        """Return a bound of the entries' absolute values; NaN where one is NaN."""
 
     @abstractmethod
     def scaled(self, factors: Tensor) -> RowFactors:
@@ -109,3 +116,66 @@ class RowFactors(ABC):
         n, k, _, wide = self.shape
         for first in self._firsts():
             yield first, self.block(first).reshape(n * k, (first.stop - first.start) * wide)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rows(RowFactors):
+    """The rows themselves.
+
+    Attributes:
+        rows: `(n, k, F, W)`.
+    """
+
+    rows: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the rows."""
+        n, k, long, wide = self.rows.shape
+        return n, k, long, wide
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        """The rows."""
+        return (self.rows,)
+
+    def largest(self) -> float:
+        """Look at them."""
+        return norm_of_largest(self.rows)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        """Scale them."""
+        return Rows(self.rows * spread(factors, self.rows))
+
+    def block(self, first: slice) -> Tensor:
+        """Return some of them."""
+        return self.rows[:, :, first]
+
+    def times(self, v: Tensor) -> Tensor:
+        """One product of matrices."""
+        n, k, _, _ = self.shape
+        return (v.flatten(1) @ self.rows.reshape(n * k, v[:1].numel()).T).view(v.shape[0], n, k)
+
+    def squares(self) -> Tensor:
+        """Square them."""
+        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square()  # a graph may keep the norms
+
+    def column_squares(self) -> Tensor:
+        """Square them."""
+        return self.rows.square().sum((0, 1))
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, int]:
+    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` views it."""
+    return shape[0] if shape else 1, shape[1:].numel()
+
+
+def norm_of_largest(tensor: Tensor) -> float:
+    """Return the largest absolute value in a tensor, 0 if it is empty."""
+    return float(torch.linalg.vector_norm(tensor.detach(), math.inf)) if tensor.numel() else 0.0
+
+
+def spread(factors: Tensor, like: Tensor) -> Tensor:
+    """Return numbers `(n,)` with as many axes as another tensor."""
+    return factors.to(like).view(-1, *[1] * (like.ndim - 1))

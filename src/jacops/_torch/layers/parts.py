@@ -16,51 +16,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from .part import RowFactors, slices
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Rows(RowFactors):
-    """The rows themselves.
-
-    Attributes:
-        rows: `(n, k, F, W)`.
-    """
-
-    rows: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """Of the rows."""
-        n, k, long, wide = self.rows.shape
-        return n, k, long, wide
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        """The rows."""
-        return (self.rows,)
-
-    def scaled(self, factors: Tensor) -> Rows:
-        """Scale them."""
-        return Rows(self.rows * _spread(factors, self.rows))
-
-    def block(self, first: slice) -> Tensor:
-        """Return some of them."""
-        return self.rows[:, :, first]
-
-    def times(self, v: Tensor) -> Tensor:
-        """One product of matrices."""
-        n, k, _, _ = self.shape
-        return (v.flatten(1) @ self.rows.reshape(n * k, v[:1].numel()).T).view(v.shape[0], n, k)
-
-    def squares(self) -> Tensor:
-        """Square them."""
-        return torch.linalg.vector_norm(self.rows, dim=(2, 3)).square()  # a graph may keep the norms
-
-    def column_squares(self) -> Tensor:
-        """Square them."""
-        return self.rows.square().sum((0, 1))
+from .part import RowFactors, norm_of_largest, slices, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +36,17 @@ class Products(RowFactors):
         """The two factors."""
         return self.delta, self.operand
 
+    def largest(self) -> float:
+        """Bound the sum over positions."""
+        return self.delta.shape[2] * norm_of_largest(self.delta) * self._largest_operand()
+
+    @abstractmethod
+    def _largest_operand(self) -> float:
+        """Return a bound of what a cotangent is multiplied by."""
+
     def scaled(self, factors: Tensor) -> Self:
         """Scale the cotangents."""
-        return replace(self, delta=self.delta * _spread(factors, self.delta))
+        return replace(self, delta=self.delta * spread(factors, self.delta))
 
     @abstractmethod
     def _images(self, v: Tensor) -> Tensor:
@@ -227,6 +191,9 @@ class Outer(Products):
             return 2 * many <= k * self.operand.shape[3]
         return positions * many <= positions * k + k * many
 
+    def _largest_operand(self) -> float:
+        return norm_of_largest(self.operand)
+
     def _images(self, v: Tensor) -> Tensor:
         return torch.einsum("ntgi,mgoi->nmtgo", self.operand, self._grouped(v))
 
@@ -304,6 +271,9 @@ class Lookup(Products):
         n, k, _, _, width = self.delta.shape
         return n, k, self.entries, width
 
+    def _largest_operand(self) -> float:
+        return 1.0
+
     def _images(self, v: Tensor) -> Tensor:
         return v[:, self.operand].transpose(0, 1).unsqueeze(3)
 
@@ -369,6 +339,10 @@ class Several(RowFactors):
         """Those of all places."""
         return [tensor for use in self.uses for tensor in use.tensors]
 
+    def largest(self) -> float:
+        """Add up."""
+        return sum(use.largest() for use in self.uses)
+
     def scaled(self, factors: Tensor) -> Several:
         """Scale all places."""
         return Several([use.scaled(factors) for use in self.uses])
@@ -387,13 +361,3 @@ class Several(RowFactors):
     def transposed(self, u: Tensor) -> Tensor:
         """Add up."""
         return torch.stack([use.transposed(u) for use in self.uses]).sum(0)
-
-
-def matrix_shape(shape: torch.Size) -> tuple[int, int]:
-    """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` views it."""
-    return shape[0] if shape else 1, shape[1:].numel()
-
-
-def _spread(factors: Tensor, like: Tensor) -> Tensor:
-    """Return numbers `(n,)` with as many axes as another tensor."""
-    return factors.to(like).view(-1, *[1] * (like.ndim - 1))

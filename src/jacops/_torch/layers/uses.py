@@ -24,7 +24,8 @@ from ..._runtime.contexts import sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..sweeps.linearization import Linearization
-from .parts import Lookup, Outer, RowFactors, Rows, matrix_shape
+from .part import RowFactors, Rows, matrix_shape
+from .parts import Lookup, Outer
 from .rules import (
     RULES,
     Entry,

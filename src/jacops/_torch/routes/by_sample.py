@@ -9,61 +9,34 @@ the same alone; and a plain sweep over a random mix of all rows is what the fact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._finite import is_finite
-from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, attempt
+from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, RouteWrongError, succeeds
 from ..._ladder.names import Fact, Question, RouteName
 from ..._ladder.route import Asked, Way, answer
 from ..._runtime.agreement import size, worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
-from ..._runtime.side_effects import SideEffects
 from ...errors import ModelStateError
-from ..layers.collected import Collected, StructureChangedError
+from ..layers.collected import Collected, StructureChangedError, form_of
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
 from ..sweeps.record import Recording
 from .handed import Handed
-from .row_cotangents import RowSlopes
+from .sample_batches import Definition, RecordedSamples, habits, is_new, recorded, rows_of
 
 Pairs = list[tuple[Tensor, Tensor]]
 
 _WORKING = 2**24  # bytes of a recorded batch: larger ones were not faster
 _MOST = 4096  # samples in it: tiny models have no better size, and what is recorded stays small
+_STEP, _ALONE = "samples to a batch", "a sample alone"  # what is remembered: of a model, and of a graph
 _ROUNDING_SHARE = 1e-4  # of a usual sample's gradient: a perfectly fitted sample has one of rounding alone
-
-
-@dataclass(frozen=True)
-class Definition:
-    """What a row is.
-
-    Attributes:
-        values: The tensors of all samples, first axis samples.
-        alone: Records one sample alone: its values -> a linearization with one output, whose entries are the rows.
-        together: Records the model's outputs for several samples: their values -> a linearization.
-        cotangents: A loss's cotangents of a batch, row by row, and the losses; None where rows are the outputs
-            themselves.
-        call: The public call on whose behalf this is done.
-        fallback: What happens when samples mix.
-        forced: Samples are taken alone for this reason.
-        sample: Gives the recording of a sample that was kept, or keeps the one that it is passed a function for.
-    """
-
-    values: Sequence[Tensor]
-    alone: Callable[[Sequence[Tensor]], Recording]
-    together: Callable[[Sequence[Tensor]], Recording]
-    cotangents: Callable[[Recording, Sequence[Tensor]], RowSlopes] | None
-    call: str
-    fallback: str
-    forced: str | None = None
-    sample: Callable[[Callable[[], Recording]], Recording] = lambda record: record()
 
 
 class SampleFactors:
@@ -85,8 +58,8 @@ class SampleFactors:
     def __init__(self, what: Definition) -> None:
         self.what = what
         self.count = what.values[0].shape[0]
-        self.lin, self.output = self._prepared()
-        self.layers = LayerRows(self.lin, 1)
+        self.step, self.first = 0, list[tuple[RecordedSamples, LayerRows]]()
+        self.lin, self.output, self.layers = self._remembered() or self._prepared()
         self.route, self.computed = "", Handed(self.count)
         self.collected = self._collected()
 
@@ -104,10 +77,29 @@ class SampleFactors:
 
     # ---- all samples -----------------------------------------------------------------------------------------
 
-    def _prepared(self) -> tuple[Linearization, Tensor]:
+    def _prepared(self) -> tuple[Linearization, Tensor, LayerRows]:
         """Record one sample alone: its errors are those of the definition, its size determines how many go together."""
         lin = self.what.sample(lambda: self._record_alone(self.count // 2)).lin
-        return lin, lin.outputs[0]
+        return lin, lin.outputs[0], LayerRows(lin, 1)
+
+    def _remembered(self) -> tuple[Linearization, Tensor, LayerRows] | None:
+        """Return the same of the first batch, where samples of its graph were found to be what they are alone.
+
+        Now and then a sample is recorded alone all the same.
+        """
+        step = None if self.connected else self.what.store.known.get(_STEP)
+        if step is None:
+            return None
+        found: list[RecordedSamples] = []
+        if not succeeds(lambda: found.append(recorded(self.what, slice(0, min(step, self.count))))):
+            return None  # it fails again where samples are taken as if nothing were known
+        batch, layers, proofs = found[0], LayerRows(found[0].lin, found[0].many), found[0].lin.proofs
+        self.first.append((batch, layers))
+        output, form = proofs.known.get((_ALONE, self.what.call), (None, None))
+        if form != form_of(layers) or is_new(batch.lin, self.what.call) or proofs.spot_due(_ALONE):
+            return None
+        self.step = step
+        return batch.lin, output, layers
 
     def all(self, whole: bool = False) -> Collected:
         """Return the rows of all samples, batch by batch."""
@@ -130,6 +122,7 @@ class SampleFactors:
         """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
         known = ask.verdicts.refusal(ask.question, RouteName.TOGETHER)
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
+        self.what.store.known.pop(_STEP, None)
         if (failed or known) and not (ask.warned or self.what.forced):
             ask.warned = True
             explain_alone(
@@ -140,12 +133,13 @@ class SampleFactors:
 
     def _batches(self) -> Iterator[slice]:
         """Yield even batches whose recorded values stay within a working size."""
-        outputs = sum(use.shape.numel() for use in self.layers.sites) * self.output.element_size()
-        each = self.lin.held_bytes + 2 * outputs
-        most = max(1, min(_MOST, _WORKING // max(1, each)))
-        step = math.ceil(self.count / math.ceil(self.count / most))
-        for start in range(0, self.count, step):
-            yield slice(start, min(start + step, self.count))
+        if not self.step:
+            outputs = sum(use.shape.numel() for use in self.layers.sites) * self.output.element_size()
+            each = self.lin.held_bytes + 2 * outputs
+            most = max(1, min(_MOST, _WORKING // max(1, each)))
+            self.step = math.ceil(self.count / math.ceil(self.count / most))
+        for start in range(0, self.count, self.step):
+            yield slice(start, min(start + self.step, self.count))
 
     # ---- one sample ------------------------------------------------------------------------------------------
 
@@ -176,7 +170,7 @@ class SampleFactors:
             collected.fill(where, entry, layers, operands, [seed.view(output.shape)])
         self._fill_missing(collected, i, lin)
         # A graph that depends on values is another one each time.
-        if layers.sites and (_habits(lin).reads or lin.proofs.needs(Fact.ROWS_BY_USES, lin.domain.names)):
+        if layers.sites and (habits(lin).reads or lin.proofs.needs(Fact.ROWS_BY_USES, lin.domain.names)):
             mix = private_noise(output)
             pairs = self._pairs(collected, where, lin, [mix], mix.reshape(1, -1))
             if not max(map(worst_disagreement, pairs)) <= lin.tolerance:
@@ -217,42 +211,44 @@ class SampleFactors:
         Raises:
             RouteFailedError: Samples mix, or the batch cannot be swept at once.
         """
-        where, many = ask.where, ask.where.stop - ask.where.start
-        values = [v[where] for v in self.what.values]
-        batch = attempt(lambda: self.what.together(values))
-        slopes = self.what.cotangents(batch, values) if self.what.cotangents else None
-        lin, seeds = _that_count(batch.lin, None if slopes is None else slopes.gradients)
-        self.computed.take(where, batch.before, None if slopes is None else slopes.losses)
-        _check_batchable(lin, many)
-        route = (Fact.SAMPLES_APART, self.what.call, lin.domain.names, lin.codomain.names)
-        fresh = lin.proofs.needs(*route) or bool(_habits(lin).reads)
+        known = self.first.pop() if self.first else None
+        if known is not None and known[0].where == ask.where:
+            batch, layers = known
+        else:
+            batch = recorded(self.what, ask.where)
+            layers = LayerRows(batch.lin, batch.many)
+        lin, where = batch.lin, batch.where
+        self.computed.take(where, *batch.known)
+        fresh = is_new(lin, self.what.call)
         if fresh:
-            self._check_outputs(lin, values, many)
-        self._fill_batch(ask.collected, where, lin, seeds)
+            self._check_outputs(lin, batch.values, batch.many)
+        self._fill_batch(ask.collected, batch, layers)
         if fresh:
-            self._check_rows(ask.collected, where, lin, seeds)
-            if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
-                lin.proofs.remember(*route)
+            self._check_rows(ask.collected, where, lin, batch.seeds)
+            if any(bool((v != v[:1]).any()) for v in batch.values):  # equal rows prove nothing: they agree anyway
+                lin.proofs.remember(*rows_of(lin, self.what.call))
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)
+        if not (self.connected or ask.collected.whole):
+            self.what.store.known[_STEP] = self.step
+            like = self.output.detach()
+            lin.proofs.known.take((_ALONE, self.what.call), lambda: (like.new_empty(like.shape), form_of(self.layers)))
 
-    def _fill_batch(
-        self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
-    ) -> None:
+    def _fill_batch(self, collected: Any, batch: RecordedSamples, layers: LayerRows) -> None:
         """Fill in a batch by one sweep for each row of a sample."""
-        layers = LayerRows(lin, where.stop - where.start)
+        lin = batch.lin
         lost = [lin.domain.names[j] for j in layers.missing if j not in collected.missing]
         if lost:
             raise RouteFailedError(f"samples mix where {', '.join(lost)} enter")
         operands = collected.open(layers)
-        every = [cotangents] if cotangents else ([seed] for seed in unit_seeds(lin.outputs[0]))
+        every = [batch.seeds] if batch.seeds else ([seed] for seed in unit_seeds(lin.outputs[0]))
         for entry, seeds in enumerate(every):
-            collected.fill(where, entry, layers, operands, seeds)
+            collected.fill(batch.where, entry, layers, operands, seeds)
 
     def _check_outputs(self, lin: Linearization, values: Sequence[Tensor], many: int) -> None:
         """Compare outputs in the batch with outputs of one sample and of a random half, or of every one."""
         order = _order(many)
-        reads = bool(_habits(lin).reads)
+        reads = bool(habits(lin).reads)
         halves: Iterable[Tensor] = (order[:1], order[: max(1, many // 2)].sort().values)
         for picked in order.split(1) if reads else halves:
             part = self.what.together([v[picked.to(v.device)] for v in values]).lin
@@ -262,7 +258,7 @@ class SampleFactors:
             for name, whole in zip(lin.codomain.names, lin.outputs, strict=True):
                 reason = differs(whole, outputs[name], picked, read_tolerance(lin) if reads else lin.tolerance)
                 if reason is not None:
-                    raise RouteWrongError(with_reads(reason, _habits(lin)))
+                    raise RouteWrongError(with_reads(reason, habits(lin)))
 
     def _check_rows(
         self, collected: Any, where: slice, lin: Linearization, cotangents: Sequence[Tensor] | None
@@ -289,40 +285,8 @@ class SampleFactors:
             _check_near("a sample alone", worst_disagreement(pairs, scales), lin)
 
 
-def _that_count(
-    lin: Linearization, cotangents: Sequence[Tensor | None] | None
-) -> tuple[Linearization, list[Tensor] | None]:
-    """Return a linearization over the outputs that have cotangents, which a loss may leave out, and those."""
-    if cotangents is None:
-        return lin, None
-    seeds = [c for c in cotangents if c is not None]
-    if len(seeds) == len(lin.outputs):
-        return lin, seeds
-    keep = [i for i, c in enumerate(cotangents) if c is not None]
-    return lin.to([lin.outputs[i] for i in keep], [lin.codomain.names[i] for i in keep]), seeds
-
-
-def _habits(lin: Linearization) -> SideEffects:
-    return lin.proofs.effects or SideEffects()
-
-
 def _order(many: int) -> Tensor:
     return torch.randperm(many, generator=torch.Generator().manual_seed(0))
-
-
-def _check_batchable(lin: Linearization, many: int) -> None:
-    if not lin.outputs:
-        raise RouteUndecidedError("the loss of no row depends on its output")
-    effects = _habits(lin)
-    if effects.reads and effects.coarse in (torch.bfloat16, torch.float16):
-        raise RouteFailedError(with_reads("in half precision outputs alone do not show whether samples mix", effects))
-    if effects.draws:
-        raise RouteFailedError(f"the forward is random ({', '.join(effects.draws)})")
-    for name, output in zip(lin.codomain.names, lin.outputs, strict=True):
-        if output.ndim == 0 or output.shape[0] != many:
-            raise RouteFailedError(f"{name} has shape {tuple(output.shape)} and no axis of {many} samples first")
-    if not all(is_finite(output) for output in lin.outputs):  # NaN would look like samples that mix
-        raise RouteNotFiniteError(NOT_FINITE)
 
 
 def _check_near(what: str, error: float, lin: Linearization) -> None:

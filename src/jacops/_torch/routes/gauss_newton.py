@@ -18,7 +18,7 @@ from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
 from ..layers.factors import LayerRows, add_rows
-from ..layers.parts import matrix_shape
+from ..layers.part import matrix_shape
 from ..layers.sites import LayerOutput, find_sites, pays, settled, shadows
 from ..layers.uses import ParameterUse
 from ..model.output_curvature import Directions, Elementwise, Given, ProbedHessian

@@ -20,7 +20,7 @@ from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import private_noise
 from ..._runtime.rows import plain
 from ..layers.factors import LayerRows
-from ..layers.parts import matrix_shape
+from ..layers.part import matrix_shape
 from ..layers.uses import ParameterUse
 from ..sweeps.linearization import Linearization
 

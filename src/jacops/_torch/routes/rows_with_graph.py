@@ -16,7 +16,7 @@ from torch import Tensor
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.restoring import restoring
 from ..layers.connected_rows import ConnectedRows
-from ..layers.parts import matrix_shape
+from ..layers.part import matrix_shape
 from ..sweeps.linearization import Linearization
 from .by_sample import Pairs, SampleFactors
 from .whole_matrix import jacobian_blocks

@@ -26,8 +26,7 @@ from ..._runtime.memory import Meter, size_of
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import plain
 from ..layers.factors import LayerRows, add_rows, unit_seeds
-from ..layers.part import WRITTEN
-from ..layers.parts import matrix_shape
+from ..layers.part import WRITTEN, matrix_shape
 from ..sweeps.linearization import Linearization
 from .whole_ask import Blocks, WholeAsk, WholeBlocks
 
