@@ -94,10 +94,10 @@ def workloads() -> Iterator[Workload]:
     torch.manual_seed(1)
     what = "MLP 50-1024-512-256-128-2, 10,000 samples"
     goals = [Goal(FLOOR, faster=1 / 1.35), Goal(GLASS_BOX, faster=1.4), Goal(mib=64, ours=INTO)]
-    yield workload("A1", what, mlp(50, 1024, 512, 256, 128, 2), torch.randn(10_000, 50), goals)
+    yield workload("A1", what, mlp(50, 1024, 512, 256, 128, 2), torch.randn(10_000, 50), goals, by_hand=2500)
     what = "CNN on 3 × 32 × 32, 256 samples, 10 outputs"
     goals = [Goal(GLASS_BOX, faster=3.2), Goal(mib=60, ours=INTO)]
-    yield workload("A2", what, cnn(), torch.randn(256, 3, 32, 32), goals)
+    yield workload("A2", what, cnn(), torch.randn(256, 3, 32, 32), goals, by_hand=32)
     what = "transformer block, 256 samples, 8 outputs"
     goals = [Goal(GLASS_BOX, faster=1.5), Goal(mib=24, ours=INTO)]
     yield workload("A3", what, Block().eval(), torch.randn(256, 16, 64), goals)

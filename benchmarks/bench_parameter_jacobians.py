@@ -11,6 +11,7 @@ from torch.func import functional_call, jacrev, vmap
 
 import jacops
 
+from .by_hand import HAND, parameter_rows
 from .harness import BEST, Goal, Workload, same
 from .models import after_step, cnn, forward_flops, mlp
 
@@ -75,6 +76,7 @@ def workload(name: str, what: str, make: Callable[[], nn.Sequential], x: Tensor,
         "PyPose: modjac(vectorize=True)": lambda: pypose(model, x, vectorize=True),
         "BackPACK: BatchGrad of each output": lambda: backpack(other, x),
         "TorchJD: jac": lambda: torchjd(model, x),
+        f"{HAND}hooks and products": lambda: parameter_rows(model, x),
     }
     flops = forward_flops(model, x) * (1 + 2 * rows / len(x))  # cotangents, and weight gradients, of each output
     return Workload(name, what, rivals, same(), goals=goals, flops=flops, result_bytes=out.nbytes)

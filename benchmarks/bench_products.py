@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import jacops
 
+from .by_hand import HAND, kept_ggnvp, kept_hvp, kept_vjp
 from .harness import Goal, Workload, curvlinops_module, same
 from .models import Case, Tree, flat, mlp
 
@@ -96,6 +97,7 @@ def jacobian(c: Products) -> Iterator[Workload]:
         "torch.func: vjp, applied": lambda: flat(back(c.u)[0]),
         "torch.autograd: grad": lambda: flat(torch.autograd.grad(c.model(c.x), c.listed, c.u)),
         "torch-secorder: vjp": lambda: flat(secorder("vjp", c, c.u)),
+        f"{HAND}over a kept graph": kept_vjp(c.model, c.x, c.u),
     }
     bound = {"flops": c.flops(1, 1, 1), "result_bytes": c.v.nbytes}
     yield Workload("C2", "one Jᵀ u", rivals, same(), goals={"torch-secorder: vjp": 1.6}, **bound)
@@ -168,7 +170,7 @@ def curvature(c: Products) -> Iterator[Workload]:
         "curvlinops: Hessian": curvlinops(c, "HessianLinearOperator", c.v),
         "torch.func: jvp of grad": lambda: jvp(grad(c.loss_at), (c.theta,), (c.v,))[1],
         "torch-secorder: model_hvp": hvp_secorder,
-        "torch.autograd: twice over a kept graph": kept_hvp(c),
+        f"{HAND}twice over a kept graph": kept_hvp(c, c.v[None]),
     }
     goals = [Goal("curvlinops: Hessian", faster=2.1), Goal("curvlinops: Hessian", faster=1.3, ours=cold)]
     bound: dict[str, Any] = {"flops": c.flops(1, 2, 4), "result_bytes": c.v.nbytes}
@@ -178,19 +180,10 @@ def curvature(c: Products) -> Iterator[Workload]:
         "jacops: ggn(…) @ v, cold": lambda: jacops.ggn(c.model, cross_entropy, c.x, c.y) @ c.v,
         "curvlinops: GGN": curvlinops(c, "GGNLinearOperator", c.v),
         "torch.func: jvp, jvp of grad, vjp": lambda: gauss_newton(c, c.v),
+        f"{HAND}over kept graphs": kept_ggnvp(c, c.v[None]),
     }
     bound["flops"] = c.flops(1, 2, 2)
     yield Workload("D2", "one Gauss-Newton product", rivals, same(), goals={"curvlinops: GGN": 2}, **bound)
-
-
-def kept_hvp(c: Products) -> Callable[[], Tensor]:
-    """Return a Hessian product that keeps the graph of the gradient."""
-
-    @cache
-    def slope() -> Tensor:
-        return flat(torch.autograd.grad(cross_entropy(c.model(c.x), c.y), c.listed, create_graph=True))
-
-    return lambda: flat(torch.autograd.grad(slope(), c.listed, c.v, retain_graph=True))
 
 
 def gauss_newton(c: Products, v: Tensor) -> Tensor:
@@ -206,15 +199,11 @@ def many_curvature(c: Products, count: int = 32) -> Iterator[Workload]:
     vs = c.many(count)
     columns = vs.T.contiguous()
 
-    def kept() -> Tensor:
-        slope = flat(torch.autograd.grad(cross_entropy(c.model(c.x), c.y), c.listed, create_graph=True))
-        return torch.stack([flat(torch.autograd.grad(slope, c.listed, v, retain_graph=True)) for v in vs])
-
     rivals: dict[str, Callable[[], Any]] = {
         "jacops: many H v": lambda: H.apply(vs),
         "curvlinops: Hessian": curvlinops(c, "HessianLinearOperator", columns),
         "torch.func: vmap(jvp of grad)": lambda: vmap(lambda v: jvp(grad(c.loss_at), (c.theta,), (v,))[1])(vs),
-        "torch.autograd: loop over a kept graph": kept,
+        f"{HAND}a loop over a kept graph": kept_hvp(c, vs),
     }
     goals = [Goal("curvlinops: Hessian", faster=2.2, memory=0.4)]
     bound: dict[str, Any] = {"flops": c.flops(count, 2, 4), "result_bytes": vs.nbytes}
@@ -223,6 +212,7 @@ def many_curvature(c: Products, count: int = 32) -> Iterator[Workload]:
         "jacops: many G v": lambda: G.apply(vs),
         "curvlinops: GGN": curvlinops(c, "GGNLinearOperator", columns),
         "torch.func: vmap(jvp, jvp of grad, vjp)": lambda: vmap(lambda v: gauss_newton(c, v))(vs),
+        f"{HAND}a loop over kept graphs": kept_ggnvp(c, vs),
     }
     bound["flops"] = c.flops(count, 2, 2)
     yield Workload("D4", f"{count} Gauss-Newton products", rivals, same(), goals={"curvlinops: GGN": 1.8}, **bound)

@@ -22,11 +22,12 @@ from torch.nn.functional import cross_entropy, mse_loss
 import jacops
 
 from .bench_input_jacobians import by_functional
+from .by_hand import HAND as BY_HAND
 from .harness import BEST, Goal, Workload, same
 from .models import mlp
 
-HAND = "torch.autograd: by hand"
-LOOP = "torch.autograd: a bare loop over outputs"
+HAND = f"{BY_HAND}sweeps"
+LOOP = f"{BY_HAND}a loop over outputs"
 FUNCTIONAL = "torch.func: vmap(jacrev)"
 PARAMETERS = "torch.func: jacrev by parameters"
 FIRST = "jacops, first call with its checks"

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+
+import jacops
 
 pytest.importorskip("matplotlib")
 
@@ -22,10 +25,13 @@ from benchmarks import (
     bench_parameter_jacobians,
     bench_products,
     bench_small_calls,
+    by_hand,
     harness,
     machine,
+    profiles,
     report,
 )
+from benchmarks.by_hand import HAND
 from benchmarks.harness import BEST, FLOOR, Contender, Goal, Workload, measure, same
 from benchmarks.models import Case, mlp
 
@@ -146,3 +152,26 @@ def test_every_group_is_importable(path):
     if path.stem in wanted:
         pytest.importorskip(wanted[path.stem])
     assert callable(importlib.import_module(f"benchmarks.{path.stem}").workloads)
+
+
+def test_a_profile_splits_a_call_by_kinds_of_operations(monkeypatch):
+    monkeypatch.setattr(profiles, "CALLS", 1)
+    a = torch.ones(64, 64)
+    rivals = {"jacops": lambda: a @ a, f"{HAND}sum": lambda: (a + a).clone(), "torch: left out": lambda: a}
+    found = profiles.columns(Workload("X", "", rivals))
+    assert list(found) == ["jacops", f"{HAND}sum"]
+    assert found["jacops"]["matrix products"] > 0 == found["jacops"]["convolutions"]
+    assert found[f"{HAND}sum"][profiles.REST] > 0 < found[f"{HAND}sum"]["copies, joining, filling"]
+    assert len(list(profiles.table(Workload("X", "", rivals)))) == 2 + len(profiles.KINDS) + 3
+
+
+def test_loops_by_hand_give_the_same():
+    x, y = torch.randn(6, 3, 8, 8), torch.randn(6, 5)
+    net = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(128, 4))
+    assert same()(jacops.sample_jacobians(net, x).dense(), by_hand.parameter_rows(net, x))
+    c = Case(mlp(5, 4, 3, act=nn.Tanh), 6, 5, 3)
+    assert same()(jacops.ggn(c.model, cross_entropy, c.x, c.y).dense(), by_hand.gauss_newton_matrix(c))
+    assert same()(jacops.compute_jacobian(c.model, y), by_hand.input_rows(c.model, y, 4)())
+    vs = torch.randn(2, len(c.theta))
+    assert same()(jacops.ggn(c.model, cross_entropy, c.x, c.y).apply(vs), by_hand.kept_ggnvp(c, vs)())
+    assert same()(jacops.hessian(c.model, cross_entropy, c.x, c.y).apply(vs), by_hand.kept_hvp(c, vs)())
