@@ -342,3 +342,17 @@ def test_large_batches_are_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
             operator = verb(*_asked(model), fallback="silent")
             pieces = replace(operator, formed=replace(operator.formed, most=64))
             close(pieces.dense(), by_products(operator))
+
+
+def test_bytes_of_a_known_graph_are_measured_once(monkeypatch):
+    """Batches of one shape, and later calls, are planned by what the first measured."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(12, 6)
+    data = [(part, torch.arange(4) % 3) for part in x.split(4)]
+    counted: list[int] = []
+    kind, working = curvature.HessianLayers, curvature.HessianLayers.working
+    monkeypatch.setattr(kind, "working", lambda self, most: (counted.append(most), working(self, most))[1])
+    found = [jacops.Problem(model, nn.CrossEntropyLoss(), data).hessian().dense(budget="64MiB") for _ in range(3)]
+    assert counted and len(counted) <= 3, counted
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

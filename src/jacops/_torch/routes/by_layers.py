@@ -31,6 +31,7 @@ Rows = Callable[[Tensor], Tensor]
 Found = TypeVar("Found")
 
 _LEAST = 2**12  # entries to a round: below, calls of kernels cost more than their work
+_BYTES = "bytes by layers"  # what is remembered of a graph
 # Rounding of the sum must be 512 times below what is allowed, or a check of the new term decides nothing.
 _DECIDED = 2.0**-9
 
@@ -105,17 +106,24 @@ class ByLayers:
             RouteFailedError: No parameter gains, or torch cannot take the sweeps.
         """
         check_kept(self.lin.weights, self.lin.call)
-        with Meter() if free < math.inf else nullcontext() as meter:
+        new, known = self.is_new("dense"), self.lin.proofs.known  # of one graph, whose shapes determine bytes
+        prepared = None if new else known.get((_BYTES, self.name))
+        with Meter() if free < math.inf and prepared is None else nullcontext() as meter:
             layers = self.gained(attempt(self.prepare))
-            expected = self.rows(self.direction().unsqueeze(0))[0] if self.is_new("dense") else None
-        if meter is None:
+            expected = self.rows(self.direction().unsqueeze(0))[0] if new else None
+        if meter is None and prepared is None:
             return PreparedFill(self, layers, self.most, 0.0, expected)
-        held, peak, most = meter.live, meter.peak, self.most
-        working = layers.working(most)
-        while held + working > free and most > _LEAST:
+        held, peak = prepared or (meter.live, meter.peak)  # pyright: ignore[reportOptionalMemberAccess]
+        if not new:
+            known.take((_BYTES, self.name), lambda: (held, peak))
+
+        def working(most: int) -> float:
+            return known.take((_BYTES, self.name, most), lambda: layers.working(most))
+
+        most = self.most
+        while held + working(most) > free and most > _LEAST:
             most //= 4
-            working = layers.working(most)
-        return PreparedFill(self, layers, most, max(peak, held + working), expected)
+        return PreparedFill(self, layers, most, max(peak, held + working(most)), expected)
 
     def diagonal(self, plain: Callable[[], Tensor]) -> Tensor:
         """Return the diagonal, by `plain` where no parameter gains or entries disagree with products."""
