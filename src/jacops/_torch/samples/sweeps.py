@@ -235,7 +235,8 @@ class Reverse:
 
     def cost(self, ask: BatchAsk) -> Cost:
         """A pull per output entry."""
-        return Cost(ask.entries[0] if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+        entries = ask.entries
+        return Cost(entries[0] if entries else math.inf, lambda: ask.memory(self.name) or Memory(0, 0))
 
     def describe(self, ask: BatchAsk) -> str:
         """Name the number of pulls."""
@@ -262,7 +263,8 @@ class Forward(Reverse):
 
     def cost(self, ask: BatchAsk) -> Cost:
         """A push per input entry, and one sweep to record or to check."""
-        return Cost(ask.entries[1] + 1 if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+        entries = ask.entries
+        return Cost(entries[1] + 1 if entries else math.inf, lambda: ask.memory(self.name) or Memory(0, 0))
 
     def describe(self, ask: BatchAsk) -> str:
         """Name the number of pushes."""
