@@ -31,9 +31,10 @@ Blocks = list[list[Tensor]]
 
 _BLOCK = 2**16  # numbers copied at a time while transposing: they stay in a near cache
 
-# Batched passes of eight cotangents and more, over at most so many bytes, took 0.6 to 0.9 of the time of pulls one by
-# one, for perceptrons and convolutions; those of fewer or larger ones took 1.0 to 1.5 times as long.
-_FEWEST, _AT_ONCE = 8, 2**22
+# Calls by batched passes of five cotangents and more, each of at most so many bytes, took 0.55 to 0.98 of the time of
+# those by pulls one by one, for perceptrons of three activations and convolutions over 8 to 256 samples, and 1.1 in one
+# of 15 cases; those of two to four took 0.9 to 1.1, and those of larger ones 1.0 to 1.5.
+_FEWEST, _EACH, _AT_ONCE = 5, 2**19, 2**22
 
 
 def counts(lin: Linearization) -> tuple[int, int]:
@@ -108,8 +109,10 @@ def _to_a_pass(lin: Linearization) -> int:
     passed = known.get("bytes of a pass")
     if passed is None:
         passed = known["bytes of a pass"] = passed_bytes(lin.graph_info.nodes)
+    if passed > _EACH:
+        return 1
     most = min(entries, ROWS, _AT_ONCE // max(1, passed))
-    return math.ceil(entries / math.ceil(entries / most)) if most >= _FEWEST else 1  # passes are even
+    return math.ceil(entries / math.ceil(entries / most))  # passes are even
 
 
 def _small(lin: Linearization) -> bool:
