@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._torch.protocol import ModelRun, SampleTarget, Shared, axis_explained, rows_apart
+from ._torch.protocol import AxisExplained, ModelRun, SampleTarget, Shared, rows_apart
 from ._trees import Tree
 from .errors import InputError
 
@@ -59,4 +59,4 @@ class SampleInputs:
         def run(some: Sequence[Tensor]) -> None:
             ModelRun(model, tree.build([*some, *values[inputs:]])[0], call=call, **options).recorded()
 
-        return axis_explained(values[:inputs], run)
+        return AxisExplained(values[:inputs], run)

@@ -36,6 +36,9 @@ class Tree:
     def build(self, leaves: Iterable[Any]) -> Any:
         """Return the tree with these leaves in place of its own."""
         leaves = list(leaves)
+        if self.single and not self.held:  # what most calls build
+            (leaf,) = leaves
+            return leaf
         for place, leaf in self.held:
             leaves.insert(place, leaf)
         return pytree.tree_unflatten(leaves, self.spec)

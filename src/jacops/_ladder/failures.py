@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from .._runtime.contexts import must_surface
@@ -34,7 +33,7 @@ def attempt(sweep: Callable[[], Result]) -> Result:
     Raises:
         RouteFailedError: The sweep raised; memory errors pass through.
     """
-    with attempted():
+    with Attempted():
         return sweep()
 
 
@@ -47,19 +46,24 @@ def succeeds(sweep: Callable[[], Any]) -> bool:
     return True
 
 
-@contextmanager
-def attempted() -> Iterator[None]:
-    """Run what is inside as `attempt` does a fast sweep.
+_REASONS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
-    Raises:
-        RouteFailedError: It raised; memory errors pass through.
-    """
-    try:
-        yield
-    except (RouteFailedError, NotDifferentiableError, PeerFailedError):
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        if must_surface(error):
-            raise
+
+class Attempted:
+    """A context that runs what is inside as `attempt` does a fast sweep."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Make a reason to leave the route of what torch raised.
+
+        Raises:
+            RouteFailedError: Something was; memory errors pass through.
+        """
+        if error is None or isinstance(error, NotDifferentiableError | PeerFailedError):
+            return
+        if not isinstance(error, _REASONS) or must_surface(error):
+            return
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RouteFailedError(first[:200]) from error

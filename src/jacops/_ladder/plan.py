@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,7 @@ class Memory:
     peak: int
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """What a route takes.
 
     Attributes:

@@ -189,12 +189,26 @@ def _own_reason(ask: Any, route: Route) -> str | None:
 
 def candidates(ask: Any, routes: Sequence[Any]) -> list[tuple[Route, str | None]]:
     """Return routes with the reason why each is not taken: the one requested, then by sweeps, then in their order."""
-    reasons = [(route, refused(ask, route)) for route in routes]
-    return sorted(reasons, key=lambda pair: _place(ask, *pair))
+    applying, others = list[Route](), list[tuple[Route, str]]()
+    for route in routes:
+        reason = refused(ask, route)
+        if reason is None:
+            applying.append(route)
+        else:
+            others.append((route, reason))
+    asked = ask.asked
+    if asked is not None:
+        others.sort(key=lambda pair: pair[0].name != asked)
+    return [*[(route, None) for route in _by_sweeps(ask, applying)], *others]
 
 
-def _place(ask: Any, route: Route, reason: str | None) -> tuple[bool, bool, float]:
-    return reason is not None, route.name != ask.asked, math.inf if reason is not None else route.cost(ask).sweeps
+def _by_sweeps(ask: Any, routes: Sequence[Route]) -> Sequence[Route]:
+    """Return routes that apply: the one requested, then by sweeps, then in their order."""
+    if len(routes) < 2:
+        return routes
+    asked = ask.asked
+    places = [(route.name != asked, route.cost(ask).sweeps, number) for number, route in enumerate(routes)]
+    return [routes[number] for *_, number in sorted(places)]
 
 
 def answer(ask: Ask, routes: Sequence[Any]) -> Any:
@@ -266,8 +280,7 @@ def _check_known(ask: Ask, routes: Sequence[Any]) -> None:
     Raises:
         NotDifferentiableError: The first route that applies failed earlier, and `fallback="error"` forbids the next.
     """
-    applying = [(route, None) for route in routes if _own_reason(ask, route) is None]
-    for route, _ in sorted(applying, key=lambda pair: _place(ask, *pair)):
+    for route in _by_sweeps(ask, [route for route in routes if _own_reason(ask, route) is None]):
         known = ask.verdicts.refusal(ask.question, route.name)
         if known is None:
             return

@@ -7,15 +7,23 @@ first one of a process imports SymPy, which takes 0.25 s: as long as thousands o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import call
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-# Neither is public, and neither is needed.
+from .restoring import Guard, restoring
+
+# None of these is public, and none is needed. The last four are what `torch._vmap_internals._vmap` is made of, which
+# takes 200 calls in Python around them, as long as the pass of a small model.
 _engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
-_vmap: Any = getattr(getattr(torch, "_vmap_internals", None), "_vmap", None)
+_enter: Any = getattr(torch._C, "_vmapmode_increment_nesting", None)
+_leave: Any = getattr(torch._C, "_vmapmode_decrement_nesting", None)
+_batch: Any = getattr(torch, "_add_batch_dim", None)
+_unbatch: Any = getattr(torch, "_remove_batch_dim", None)
+_batches = None not in (_enter, _leave, _batch, _unbatch)
 
 
 def swept(
@@ -35,17 +43,50 @@ def swept(
         batched: First axes of the cotangents count them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _engine is not None and (_vmap is not None or not batched)
-    if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
+    fitting = not has_torch_function(outputs + targets + seeds) and _alike(outputs, seeds, batched)
+    if _engine is None or not fitting or (batched and not _batches):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
-
-    def swept_once(seeds: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
-
-    together: Any = _vmap
-    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds) if batched else swept_once(seeds)
+    if batched:
+        return _together(outputs, targets, seeds, create_graph)
+    return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
 
-def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], axes: int) -> bool:
-    return all(o.shape == s.shape[axes:] and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True))
+@restoring
+def _together(
+    outputs: tuple[Tensor, ...], targets: tuple[Any, ...], seeds: tuple[Tensor, ...], create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Return gradients with an axis of cotangents first, as `torch._vmap_internals._vmap` does."""
+    many = seeds[0].shape[0]
+    with _Level() as here:
+        rows = tuple([_batch(seed, 0, here.level) for seed in seeds])
+        found = _engine(outputs, rows, True, create_graph, targets, True, accumulate_grad=False)
+        return tuple([None if grad is None else _unbatch(grad, here.level, many, 0) for grad in found])
+
+
+class _Level(Guard):
+    """A level of torch's batching, which is left again.
+
+    Attributes:
+        level: Its number.
+    """
+
+    def save(self) -> None:
+        self.level: int
+        self.level, _ = map(call, (_enter, _leave))  # one instruction: no interrupt comes between
+
+    def change(self) -> None:
+        _enter()
+
+    def restore(self) -> None:
+        _enter()
+        while _leave() >= self.level:
+            pass
+
+
+def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], batched: bool) -> bool:
+    """Return whether cotangents are of their outputs' shapes and dtypes, behind first axes of one length if batched."""
+    counts = seeds[0].shape[:1] if batched and seeds else ()
+    if len(counts) != batched:
+        return False
+    return all([(*counts, *o.shape) == s.shape and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True)])

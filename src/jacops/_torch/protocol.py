@@ -40,7 +40,7 @@ from .model.output_curvature import Directions, Elementwise, FullBlocks, Given, 
 from .model.own_loss import ModelLoss, resolved_loss
 from .model.replica import bare, check_state, is_sharded, parameter_names, replicate
 from .model.row_losses import RowLosses, Weighted
-from .model.rows import Shared, axis_explained, rows_apart, shared_places
+from .model.rows import AxisExplained, Shared, rows_apart, shared_places
 from .model.sharded import OWN_FUNCTIONS, Shard, ShardedModel, parts_of, shards_of
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ..._ladder.failures import RouteFailedError, attempted
+from ..._ladder.failures import Attempted, RouteFailedError
 from ..._runtime.contexts import sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
@@ -375,7 +375,7 @@ def cotangents(
         return ()
     live = [(output, seed) for output, seed in zip(lin.outputs, seeds, strict=True) if output.requires_grad]
     edges = {use.node: use.edge for use in uses}  # a weight and its bias enter together
-    with sweeping(lin.outputs[0]), attempted():
+    with sweeping(lin.outputs[0]), Attempted():
         found = swept([o for o, _ in live], list(edges.values()), [seed for _, seed in live], create_graph)
         if any(cotangent is None for cotangent in found):
             raise RouteFailedError("no path leads from the outputs to some of the layers")

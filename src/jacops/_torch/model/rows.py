@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from numbers import Number
 from typing import Any
@@ -38,8 +37,10 @@ def rows_apart(x: Any, name: str, shared: Shared = None, of: Any = None) -> tupl
     """
     leaves, tree = flatten(x, name)
     settings = [] if tree.single else [i for i, leaf in enumerate(leaves) if is_setting(leaf)]
-    paths = [path for path, _ in paths_in(x if of is None else of)[0]]
-    return tree.holding(leaves, sorted({*settings, *shared_places(paths, shared)}))
+    if shared is not None:
+        paths = [path for path, _ in paths_in(x if of is None else of)[0]]
+        settings = sorted({*settings, *shared_places(paths, shared)})
+    return tree.holding(leaves, settings)
 
 
 def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
@@ -74,27 +75,37 @@ def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
     return found
 
 
-@contextmanager
-def axis_explained(values: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]) -> Iterator[None]:
-    """Describe what is missing where a model fails on samples and takes all of them as one.
+class AxisExplained:
+    """A context that describes what is missing where a model fails on samples and takes all of them as one.
 
     Args:
         values: The samples, one row each.
         run: Runs the model over such values.
-
-    Raises:
-        InputError: It takes the values with one more axis before their first; its own error is the cause.
     """
-    try:
-        yield
-    except JacopsError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+
+    def __init__(self, values: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]) -> None:
+        self._values, self._run = values, run
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Look for the axis where something failed.
+
+        Raises:
+            InputError: The model takes the values with one more axis before their first; its own error is the cause.
+        """
+        if not isinstance(error, _FAILURES) or isinstance(error, JacopsError):
+            return
+        values, run = self._values, self._run
         by_rows = succeeds(lambda: run([value[:1] for value in values]))  # then a loss failed, not the model
         if must_surface(error) or by_rows or not succeeds(lambda: run([value.unsqueeze(0) for value in values])):
-            raise
+            return
         shapes = ", ".join(str(tuple(value.shape)) for value in values)
         first = str(error).strip().splitlines()[:1]
         came = f"of shape {shapes}, which the model takes as one sample (its rows alone fail: {' '.join(first)})"
         todo = "Call `.unsqueeze(0)` on it."
         raise InputError.of("x", came, "the axis of samples is missing; it must be the first one", todo) from error
+
+
+_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AssertionError)

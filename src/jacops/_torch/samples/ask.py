@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -61,12 +62,15 @@ class BatchAsk:
         self.known = self.apart  # the caller has been warned
         self.call = self.runner.call
         self.shape = self.many = self.where.stop - self.where.start
-        self._unknown = Proofs("never")
 
     @property
     def verdicts(self) -> Proofs:
         """What is known of the recorded graph."""
         return self.run.lin.proofs if self.run is not None else self._unknown
+
+    @cached_property
+    def _unknown(self) -> Proofs:
+        return Proofs("never")
 
     @property
     def lin(self) -> Linearization:

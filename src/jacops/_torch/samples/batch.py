@@ -30,7 +30,7 @@ from ..model.cut import At
 from ..model.freeze import Freeze, FrozenModules
 from ..model.inputs import advice_for, check_fallback
 from ..model.replica import bare, check_state
-from ..model.rows import Shared, axis_explained, rows_apart
+from ..model.rows import AxisExplained, Shared, rows_apart
 from ..model.targets import SampleTarget
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
@@ -208,7 +208,7 @@ class Samples:
 
     def explained(self) -> AbstractContextManager[None]:
         """Return a context in which a model that fails on samples, but not on all as one, is said to miss an axis."""
-        return axis_explained(self.runner.inputs_in(self.values), self._whole)
+        return AxisExplained(self.runner.inputs_in(self.values), self._whole)
 
     def _whole(self, values: Sequence[Tensor]) -> Run:
         """Return a run over samples, with all outputs."""

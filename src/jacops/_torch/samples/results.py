@@ -29,6 +29,9 @@ SAMPLES_TODO = (
 )
 
 
+_BARE = flatten(0, "at")[1]  # of one tensor, such as a layer's output
+
+
 @dataclass
 class SampleJacobians:
     """Jacobians of samples, allocated once and filled in place.
@@ -59,7 +62,7 @@ class SampleJacobians:
     output: list[Tensor] = field(default_factory=list)
     sure: bool = True
     proved: bool = False
-    input_tree: Tree = field(default_factory=lambda: flatten(0, "at")[1])
+    input_tree: Tree = _BARE
     inputs: Sequence[int] = (0,)
     route: str = "reverse"
     followed: int = 1

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..._ladder.names import Question
 from ..._ladder.plan import Cost, Memory
-from ..._runtime.rows import plain
-from ..layers.factors import unit_seeds
+from ..._ladder.route import answer
+from ..._runtime.chunks import ROWS
+from ..._runtime.contexts import sweeping
+from ..._runtime.engine import swept
+from ..._runtime.restoring import restoring
+from ..._runtime.rows import dense, plain
+from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import passed_bytes
 from ..sweeps.linearization import Linearization
 from ..sweeps.nodewise import pushes_are_large
+from ..sweeps.pulls import PULLS
 from .independent import SamplesIndependent
 
 if TYPE_CHECKING:
@@ -23,9 +31,10 @@ Blocks = list[list[Tensor]]
 
 _BLOCK = 2**16  # numbers copied at a time while transposing: they stay in a near cache
 
-# Batched passes of eight cotangents and more, over at most so many bytes, took 0.6 to 0.85 of the time of pulls one by
-# one, for perceptrons and convolutions; those of fewer or larger ones took 1.0 to 1.5 times as long.
-_FEWEST, _AT_ONCE = 8, 2**22
+# Calls by batched passes of five cotangents and more, each of at most so many bytes, took 0.55 to 0.98 of the time of
+# those by pulls one by one, for perceptrons of three activations and convolutions over 8 to 256 samples, and 1.1 in one
+# of 15 cases; those of two to four took 0.9 to 1.1, and those of larger ones 1.0 to 1.5.
+_FEWEST, _EACH, _AT_ONCE = 5, 2**19, 2**22
 
 
 def counts(lin: Linearization) -> tuple[int, int]:
@@ -33,6 +42,7 @@ def counts(lin: Linearization) -> tuple[int, int]:
     return sum(o.shape[1:].numel() for o in lin.outputs), sum(leaf.shape[1:].numel() for leaf in lin.leaves)
 
 
+@restoring
 def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limit: int | None = None) -> None:
     """Fill `blocks[output][leaf][where]`.
 
@@ -55,17 +65,27 @@ def sweep(lin: Linearization, blocks: Blocks, where: slice, direction: str, limi
             return
 
 
-def unit_pulls(
-    lin: Linearization, many: int, create_graph: bool = False
-) -> Iterator[tuple[int, int, list[Tensor | None]]]:
-    """Yield an output, an entry of it, and the gradients of that entry of all samples' outputs by the leaves."""
-    for out, output in enumerate(lin.outputs):
-        for entry, seed in enumerate(unit_seeds(output.reshape(many, -1) if output.numel() else output)):
-            own = seed.clone() if create_graph else seed  # a graph keeps it
-            # If it requires grad, once_differentiable backwards leave a mark instead of dropping their part.
-            own.requires_grad_(create_graph and bool(lin.graph_info.functions))
-            seeds = [own.view(output.shape) if i == out else None for i in range(len(lin.outputs))]
-            yield out, entry, lin.pull(seeds, create_graph)
+def _pull_of(lin: Linearization, out: int) -> Callable[[Tensor], Sequence[Tensor | None]]:
+    """Return what pulls a cotangent of one output.
+
+    `Linearization.pull` looks in every pass at what is the same in all of a graph. Where that is nothing, a pass of the
+    engine alone gives the same: 20 calls in Python instead of 45, for each entry of the output.
+    """
+    output, leaves, state = lin.outputs[out], tuple(lin.leaves), sweeping(lin.outputs[out])
+
+    def pull(seed: Tensor) -> Sequence[Tensor | None]:
+        return lin.pull([seed if i == out else None for i in range(len(lin.outputs))])
+
+    def pull_alone(seed: Tensor) -> Sequence[Tensor | None]:
+        lin.sweeps += 1
+        try:
+            with state:
+                return [dense(grad) for grad in swept((output,), leaves, (seed,))]
+        except RuntimeError:
+            return pull(seed)  # says what is wrong
+
+    plainly = output.requires_grad and leaves and not lin.aliased_leaves and not lin.graph_info.reentrant
+    return pull_alone if plainly else pull
 
 
 def unit_pushes(
@@ -89,8 +109,10 @@ def _to_a_pass(lin: Linearization) -> int:
     passed = known.get("bytes of a pass")
     if passed is None:
         passed = known["bytes of a pass"] = passed_bytes(lin.graph_info.nodes)
-    most = min(entries, _AT_ONCE // max(1, passed))
-    return most if most >= _FEWEST else 1
+    if passed > _EACH:
+        return 1
+    most = min(entries, ROWS, _AT_ONCE // max(1, passed))
+    return math.ceil(entries / math.ceil(entries / most))  # passes are even
 
 
 def _small(lin: Linearization) -> bool:
@@ -110,10 +132,22 @@ def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> It
     if together > 1:
         yield from _batched(lin, targets, together)
         return
-    for out, entry, grads in unit_pulls(lin, many):
-        for target, grad in zip(targets[out], grads, strict=True):
-            target[:, entry] = 0 if grad is None else plain(grad)
-        yield
+    for out, output in enumerate(lin.outputs):
+        pull = _pull_of(lin, out)
+        for entry, seed in enumerate(_seeds(output, many)):
+            for target, grad in zip(targets[out], pull(seed), strict=True):
+                target[:, entry] = 0 if grad is None else plain(grad)
+            yield
+
+
+def _seeds(output: Tensor, many: int) -> Iterator[Tensor]:
+    """Yield cotangents that pick one entry of every sample's output; each is good until the next."""
+    seed = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+    flat = seed.view(many, output.numel() // many)
+    for entry in range(flat.shape[1]):
+        flat[:, entry] = 1
+        yield seed
+        flat[:, entry] = 0  # only now: the gradient may be the cotangent itself
 
 
 def _batched(lin: Linearization, targets: Blocks, together: int) -> Iterator[None]:
@@ -124,7 +158,8 @@ def _batched(lin: Linearization, targets: Blocks, together: int) -> Iterator[Non
             seeds = torch.zeros(stop - start, many, entries, dtype=output.dtype, device=output.device)
             seeds[:, :, start:stop].diagonal(dim1=0, dim2=2).fill_(1)
             cotangents = [seeds.view(-1, *output.shape) if i == out else None for i in range(len(lin.outputs))]
-            for target, rows in zip(targets[out], lin.pull_rows(cotangents), strict=True):
+            ask = SweepAsk(Question.PULL, lin, cotangents, stop - start)  # as many as go into one pass, by `_to_a_pass`
+            for target, rows in zip(targets[out], answer(ask, PULLS), strict=True):
                 target[:, start:stop] = plain(rows).detach().transpose(0, 1)
             yield
 
@@ -161,9 +196,14 @@ def _write_transposed(target: Tensor, columns: Tensor) -> None:
 def pulled_slopes(lin: Linearization, many: int) -> Blocks:
     """Return `(n, out entries, *in)` for every output and leaf, with their graph, by one pull per output entry."""
     lines: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
-    for out, _, grads in unit_pulls(lin, many, create_graph=True):
-        for line, leaf, grad in zip(lines[out], lin.leaves, grads, strict=True):
-            line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
+    for out, output in enumerate(lin.outputs):
+        for seed in _seeds(output, many):
+            # The graph keeps it. If it requires grad, once_differentiable backwards leave a mark instead of dropping
+            # their part.
+            own = seed.clone().requires_grad_(bool(lin.graph_info.functions))
+            grads = lin.pull([own if i == out else None for i in range(len(lin.outputs))], create_graph=True)
+            for line, leaf, grad in zip(lines[out], lin.leaves, grads, strict=True):
+                line.append(torch.zeros_like(leaf) if grad is None else plain(grad))
     return [
         [torch.stack(line, 1) if line else leaf.new_zeros(many, 0) for line, leaf in zip(row, lin.leaves, strict=True)]
         for row in lines
@@ -198,7 +238,8 @@ class Reverse:
 
     def cost(self, ask: BatchAsk) -> Cost:
         """A pull per output entry."""
-        return Cost(ask.entries[0] if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+        entries = ask.entries
+        return Cost(entries[0] if entries else math.inf, lambda: ask.memory(self.name) or Memory(0, 0))
 
     def describe(self, ask: BatchAsk) -> str:
         """Name the number of pulls."""
@@ -225,7 +266,8 @@ class Forward(Reverse):
 
     def cost(self, ask: BatchAsk) -> Cost:
         """A push per input entry, and one sweep to record or to check."""
-        return Cost(ask.entries[1] + 1 if ask.entries else float("inf"), lambda: ask.memory(self.name) or Memory(0, 0))
+        entries = ask.entries
+        return Cost(entries[1] + 1 if entries else math.inf, lambda: ask.memory(self.name) or Memory(0, 0))
 
     def describe(self, ask: BatchAsk) -> str:
         """Name the number of pushes."""
