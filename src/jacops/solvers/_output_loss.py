@@ -101,9 +101,12 @@ class LossAtOutput:
     @restoring
     def output(self) -> Any:
         """Return the recorded output `(n, entries)`, linearised by the parameters, of a torch model."""
+        lin = self.found.lin
+        if len(lin.outputs) == 1 and lin.outputs[0].shape == self.like.shape:  # the same graph, which is known
+            return lin.to(lin.outputs, ["output"], self.call)
         with recording():
-            joined = self._joined([self.found.lin.outputs[i] for i in self._used])
-        return self.found.lin.to([joined], ["output"], self.call)
+            joined = self._joined([lin.outputs[i] for i in self._used])
+        return lin.to([joined], ["output"], self.call)
 
     def product(self, rows: Tensor) -> Tensor:
         """Return the Hessian times `(n, entries)`."""
