@@ -78,8 +78,10 @@ class LayerRows:
     @cached_property
     def by_leaf(self) -> list[tuple[int, list[int]]]:
         """Every covered leaf and which sites are its."""
-        covered = (leaf for leaf in range(len(self.lin.leaves)) if leaf not in self.missing)
-        return [(leaf, [i for i, site in enumerate(self.sites) if site.leaf == leaf]) for leaf in covered]
+        places: dict[int, list[int]] = {j: [] for j in range(len(self.lin.leaves)) if j not in self.missing}
+        for i, site in enumerate(self.sites):
+            places[site.entry.leaf].append(i)
+        return [*places.items()]
 
     def column_squares(
         self, operands: Sequence[Tensor | None], seeds: Iterable[Tensor], most: int
