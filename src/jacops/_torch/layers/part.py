@@ -109,3 +109,8 @@ class RowFactors(ABC):
         n, k, _, wide = self.shape
         for first in self._firsts():
             yield first, self.block(first).reshape(n * k, (first.stop - first.start) * wide)
+
+
+def spread(factors: Tensor, like: Tensor) -> Tensor:
+    """Return numbers `(n,)` with as many axes as another tensor."""
+    return factors.to(like).view(-1, *[1] * (like.ndim - 1))

@@ -11,12 +11,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self, final
 
 import torch
 from torch import Tensor
 
-from .part import RowFactors, slices
+from .part import RowFactors, slices, spread
 
 
 @final
@@ -43,7 +44,7 @@ class Rows(RowFactors):
 
     def scaled(self, factors: Tensor) -> Rows:
         """Scale them."""
-        return Rows(self.rows * _spread(factors, self.rows))
+        return Rows(self.rows * spread(factors, self.rows))
 
     def block(self, first: slice) -> Tensor:
         """Return some of them."""
@@ -82,7 +83,7 @@ class Products(RowFactors):
 
     def scaled(self, factors: Tensor) -> Self:
         """Scale the cotangents."""
-        return replace(self, delta=self.delta * _spread(factors, self.delta))
+        return replace(self, delta=self.delta * spread(factors, self.delta))
 
     @abstractmethod
     def _images(self, v: Tensor) -> Tensor:
@@ -279,11 +280,16 @@ class Outer(Products):
             total = product if total is None else total.add_(product)
         return self.like.new_zeros(n * k, n * k) if total is None else total
 
+    @cached_property
+    def delta_squares(self) -> Tensor:
+        """Sums of the squared cotangents `(n, g, out)` at the first position, over outputs."""
+        return self.delta[:, :, 0].square().sum(1)
+
     def column_squares(self) -> Tensor:
         """Multiply the squares, where there is one position."""
         if self.delta.shape[2] != 1:
             return RowFactors.column_squares(self)
-        by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
+        by_group = torch.einsum("ngo,ngi->goi", self.delta_squares, self.operand[:, 0].square())
         return (by_group.mT if self.turned else by_group).reshape(self.shape[2:])
 
 
@@ -392,8 +398,3 @@ class Several(RowFactors):
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
     """Return the lengths of a parameter's first axis and of the others laid end to end, as `RowFactors` views it."""
     return shape[0] if shape else 1, shape[1:].numel()
-
-
-def _spread(factors: Tensor, like: Tensor) -> Tensor:
-    """Return numbers `(n,)` with as many axes as another tensor."""
-    return factors.to(like).view(-1, *[1] * (like.ndim - 1))
