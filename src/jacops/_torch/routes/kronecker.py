@@ -177,7 +177,7 @@ class RecordedBatch:
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site."""
         found = list(self._layers.sweeps(seeds, sites))
-        return [own[0] if len(own) == 1 else torch.cat(own) for own in zip(*found, strict=True)]
+        return [own[0] if len(own) == 1 else _joined(own) for own in zip(*found, strict=True)]
 
     def _gradients(
         self, group: Group, sites: Sequence[ParameterUse], deltas: Sequence[Tensor], seeds: Tensor
@@ -241,6 +241,14 @@ class RecordedBatch:
         """Take ordinary sweeps for all parameters from now on."""
         self.uses = {}
         vars(self).pop("_forms", None)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors joined along the first axis, laid out as the first is: channels of images stay outside pixels."""
+    strides = parts[0].stride()
+    order = [0, *sorted(range(1, parts[0].ndim), key=lambda axis: -strides[axis])]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat([part.permute(order) for part in parts]).permute(back)
 
 
 def _sides(use: ParameterUse) -> tuple[int, int]:
