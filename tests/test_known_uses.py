@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,10 @@ def train_a_step(model: Branching) -> None:
 
 
 def add_hook(model: Branching) -> None:
-    model.a.register_forward_hook(lambda module, args, output: 2 * output)
+    def double(module: Any, args: Any, output: Any) -> Any:
+        return 2 * output
+
+    model.a.register_forward_hook(double)
 
 
 def freeze(model: Branching) -> None:
