@@ -66,6 +66,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
         "_reduction",
         "_problem",
         "_problem_parts",
+        "_one_batch",
     },  # 3 problem
     {
         "_jacobian_checks",

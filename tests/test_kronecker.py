@@ -13,7 +13,7 @@ import layer_cases
 from jacops import Problem, kronecker_factors
 from jacops.errors import InputError, InputTypeError
 from jacops.results import KroneckerFactors
-from jacops.solvers import EKFAC
+from jacops.solvers import EKFAC, _kronecker_passes
 from jacops.testing import check_operator
 from small import draw, settled
 
@@ -318,3 +318,25 @@ def test_single_precision_agrees_with_sums_in_double(width: int, bias: Any) -> N
     for found, expected in ((left, slope.T @ slope / 64), (right, rows.T @ rows / 64)):
         assert found.is_contiguous()
         assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
+
+
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", ["ggn", "monte_carlo", "empirical"])
+def test_factors_do_not_depend_on_how_many_cotangents_are_swept_together(
+    kind: Any, sharing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Embedding(5, 6), nn.Unflatten(1, (1, 4)), nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(72, 3)).double()
+    x, y = torch.randint(5, (7, 4)), torch.randint(3, (7,))
+
+    def call() -> dict[str, tuple[Tensor, Tensor]]:
+        return dict(kronecker_factors(model, nn.functional.cross_entropy, x, y, kind=kind, sharing=sharing))
+
+    wanted = call()
+    monkeypatch.setattr(_kronecker_passes, "_SWEEP_ENTRIES", 1)
+    found = call()
+    assert found.keys() == wanted.keys()
+    for name, pair in wanted.items():
+        for a, b in zip(found[name], pair, strict=True):
+            torch.testing.assert_close(a, b)

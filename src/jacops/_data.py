@@ -220,18 +220,8 @@ class Batches:
             raise DataError.of(self.name, came, needed, "Take shuffling and random augmentation out of it.")
 
     def _read(self, raw: Any, number: int) -> tuple[Batch, int]:
-        parts = self._unpacked(raw, number)
-        x, y, weights = (*parts, None)[:3]
-        arrays = [leaf for leaf in flatten((x, y), "batch")[0] if hasattr(leaf, "shape")]
-        lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
-        if len(lengths) != 1 or None in lengths:
-            came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"
-            raise DataError.of(self.name, came, "x and y need one row per sample")
-        rows = int(lengths.pop() or 0)
-        if weights is not None:
-            weights = _checked_weights(weights, rows, number, self.name)
-        digest = self._digest([*arrays, *([] if weights is None else [weights])], number)
-        return Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights, (self, number)), digest
+        batch, arrays = _batch_of(self._unpacked(raw, number), self.name, number, self)
+        return batch, self._digest(arrays, number)
 
     def _digest(self, arrays: list[Any], number: int) -> int:
         """Return the digest of a batch; one that stays in a device's memory is read in the first pass alone."""
@@ -265,6 +255,31 @@ class Batches:
         needed = f"pairs (x, y), or mappings with the target under {', '.join(map(repr, _TARGETS))}, are needed"
         todo = "Pass `unpack=`, a function from a batch to (x, y) or (x, y, weights)."
         raise DataError.of(self.name, f"giving {came}", needed, todo)
+
+
+def only_batch(x: Any, y: Any, name: str) -> Batch:
+    """Return data that are one batch and are read once, so that no later pass has to be compared with this one.
+
+    Raises:
+        DataError: There is not one row per sample.
+    """
+    return _batch_of((x, y), name, 0, None)[0]
+
+
+def _batch_of(parts: tuple[Any, ...], name: str, number: int, data: Batches | None) -> tuple[Batch, list[Any]]:
+    """Return a batch of `(x, y)` or `(x, y, weights)`, and the arrays that it consists of."""
+    x, y, weights = (*parts, None)[:3]
+    arrays = [leaf for leaf in flatten((x, y), "batch")[0] if hasattr(leaf, "shape")]
+    lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
+    if len(lengths) != 1 or None in lengths:
+        came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"
+        raise DataError.of(name, came, "x and y need one row per sample")
+    rows = int(lengths.pop() or 0)
+    if weights is not None:
+        weights = _checked_weights(weights, rows, number, name)
+    place = None if data is None else (data, number)
+    batch = Batch(tuple(x) if isinstance(x, list) else x, y, rows, weights, place)
+    return batch, [*arrays, *([] if weights is None else [weights])]
 
 
 _END = object()

@@ -39,6 +39,7 @@ from ._runtime.restoring import restoring
 from ._torch.protocol import (
     At,
     ByLayers,
+    RecordedLabels,
     Recording,
     computed_convex,
     difference_step,
@@ -378,10 +379,10 @@ def ggn_at(
     known = Computed(detached(found.output), None, outer.lin.outputs[0].detach(), lambda: _pulled(J, slope))
     if found.by_inputs:
         return with_computed(named(product, "ggn by inputs"), known)
-    rows, name = product._apply, "Gauss-Newton matrix by layers"
-    layers = partial(gauss_newton_layers, found.lin, H._apply, rows)
-    entries = partial(gauss_newton_diagonal, found.lin, H._apply, rows)
-    formed = ByLayers(found.lin, name, layers, rows, entries, found.lin.routes)
+    lin, rows, labels = found.lin, product._apply, RecordedLabels(loss, y, found.lin.outputs, outer.lin.proofs)
+    layers = partial(gauss_newton_layers, lin, H._apply, rows)
+    entries = partial(gauss_newton_diagonal, lin, H._apply, rows, labels)
+    formed = ByLayers(lin, "Gauss-Newton matrix by layers", layers, rows, entries, lin.routes)
     if create_graph:  # what is formed without a graph is formed as ever
         J, H = replace(J, create_graph=True), replace(H, create_graph=True)
         product = Product(Product(J.T, H), J)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._keywords import keywords
+from ._one_batch import OneBatch
 from ._picks import Picks
 from ._problem import Problem
 from ._requirements import check_choice, check_positive
@@ -100,9 +101,9 @@ def kronecker_factors(
     return KroneckerFactors(of.space, sums, bias, sharing, kind, drawn)
 
 
-def _problem(problem: Any, loss: Any, x: Any, y: Any, parameters: Picks) -> Problem:
+def _problem(problem: Any, loss: Any, x: Any, y: Any, parameters: Picks) -> Problem | OneBatch:
     if not isinstance(problem, Problem):
-        return Problem(problem, loss, [(x, y)], parameters=parameters, distributed=False)
+        return OneBatch(problem, loss, x, y, parameters)
     given = {"loss": loss, "x": x, "y": y, "parameters": parameters}
     for name, value in given.items():
         if value is not None:

@@ -105,6 +105,7 @@ class Objective:
         self._x: Any = _NO_BATCH  # the input of the batch that it is for
         self._found: list[Any] = []  # its recorded output, once it was requested; shared with weighted ones
         self._at = LossAt()
+        self._once = False  # recorded for one call, in which nobody may write into the weights
 
     @property
     def _named(self) -> dict[str, Tensor]:
@@ -171,10 +172,10 @@ class Objective:
 
     # ---- one batch, recorded once ----------------------------------------------------------------------------------
 
-    def on(self, x: Any) -> Objective:
-        """Return the objective for one batch: a torch model runs once for all that is asked of it."""
+    def on(self, x: Any, once: bool = False) -> Objective:
+        """Return the objective for one batch: a torch model runs once for all that is asked of it, `once` by a call."""
         other = copy.copy(self)
-        other._x, other._found, other._at = (_NO_BATCH if self.foreign else x), [], LossAt()
+        other._x, other._found, other._at, other._once = (_NO_BATCH if self.foreign else x), [], LossAt(), once
         return other
 
     @property
@@ -194,7 +195,8 @@ class Objective:
         found = self._known(x, pulled)
         if found is None:
             with seeded(self.seed):
-                found = recorded(self.model, x, call=call, parameters=self.picks, kept=True, aside=True, pulled=pulled)
+                kept = not self._once
+                found = recorded(self.model, x, call=call, parameters=self.picks, kept=kept, aside=True, pulled=pulled)
             if self._x is x:
                 self._found[:] = [found]
         return found
@@ -202,8 +204,8 @@ class Objective:
     def _known(self, x: Any, pulled: bool) -> Any:
         """Return the recorded output of a batch if it is kept and the model still is as it was recorded."""
         found = self._found[0] if self._x is x and self._found else None
-        weights = None if found is None else found.lin.weights
-        if found is None or weights is None or weights.changed_in(bare(self.model)) is not None:
+        weights = None if found is None or self._once else found.lin.weights
+        if found is None or not (self._once or (weights and weights.changed_in(bare(self.model)) is None)):
             return None
         return found if pulled or not found.lin.is_pulled_only else None
 

@@ -19,14 +19,14 @@ from ._operators._naming import named
 from ._operators._precision import computed_in
 from ._passes import FISHERS, BatchPasses
 from ._picks import Picks
-from ._problem_parts import BatchPoint, objective_of, ridge_of
+from ._problem_parts import BatchPoint, check_dimension, objective_of, ridge_of
 from ._requirements import check_choice
 from ._runtime.ranks import ALONE, TIMEOUT
 from ._sharing import FirstPass, facts_of, first_pass, number_of, ranks_of, refuse_apart, terms
 from ._space import Space
 from ._trees import Selector
 from ._words import Curvature, FisherKind, Randomness, Reduction
-from .errors import DataError, ModelStateError
+from .errors import DataError
 
 Made = TypeVar("Made")
 _KEPT_BYTES = 2**29  # 512 MiB of linearised batches: more are recorded again in every pass
@@ -104,9 +104,7 @@ class Problem(Described):
         self.objective = objective_of(model, loss, options)
         self.objective.check_state()
         self.data, self.progress = Batches.of(data, "data", unpack, ordered=False), progress
-        if not self.objective.space.dim:
-            came = f"a {type(self.objective.model).__name__} without parameters to differentiate"
-            raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
+        check_dimension(self.objective)
         self.ridge = ridge_of(l2, self.objective.space)
         self.l2 = l2
         self.ranks = ranks_of(self.data, distributed, timeout)

@@ -16,7 +16,7 @@ from ._operators import Operator
 from ._requirements import check_range
 from ._space import Space
 from ._torch.protocol import bare
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, ModelStateError
 
 
 class BatchPoint(NamedTuple):
@@ -45,6 +45,17 @@ def objective_of(model: Any, loss: Any, options: ObjectiveOptions) -> Objective:
     if loss is None:
         raise InputTypeError.of("loss", "left out", "a callable `loss(output, y)` is needed with a module")
     return Objective(model, loss, **options)
+
+
+def check_dimension(objective: Objective) -> None:
+    """Refuse a model without parameters to differentiate.
+
+    Raises:
+        ModelStateError: There are none.
+    """
+    if not objective.space.dim:
+        came = f"a {type(objective.model).__name__} without parameters to differentiate"
+        raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
 
 
 def ridge_of(l2: float | Mapping[str, float], space: Space) -> Tensor | None:

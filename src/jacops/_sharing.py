@@ -90,11 +90,20 @@ def first_pass(problem: Any, call: str) -> FirstPass:
 
     found = ranks.total(call, read) if ranks.apart else ranks.run(call, read)
     total, rows, others, checked = found.tolist()
-    if not (checked and total > 0):
+    check_counted(problem.data.name, int(rows), checked and total > 0)
+    return FirstPass(total if problem.objective.reduction == "mean" else 1.0, int(rows), not others)
+
+
+def check_counted(name: str, rows: int, counts: bool) -> None:
+    """Refuse data of which no row counts.
+
+    Raises:
+        DataError: None does.
+    """
+    if not counts:
         came = "data of which no row counts" if rows else "without rows"
         todo = "All labels are ignored (-100), or all weights are 0." if rows else ""
-        raise DataError.of(problem.data.name, came, "at least one row is needed", todo)
-    return FirstPass(total if problem.objective.reduction == "mean" else 1.0, int(rows), not others)
+        raise DataError.of(name, came, "at least one row is needed", todo)
 
 
 def _read(problem: Any) -> list[float]:

@@ -16,7 +16,7 @@ from .._operators import Diagonal, Identity, LayerFactors, Matrix, Operator
 from .._operators._algebra import Product, Scaled, Sum, Transposed
 from .._operators._data import BlockDiagonal, SumOver
 from .._operators._finite_results import check_result
-from .._operators._graphs import without_graph
+from .._operators._graphs import check_operator, keeps_graph, without_graph
 from .._progress import shows_progress
 from .._requirements import check_choice
 from .._runtime.contexts import eager
@@ -96,11 +96,13 @@ def diagonal(
         >>> diagonal(Matrix(torch.tensor([[1.0, 2.0], [3.0, 4.0]])))
         tensor([1., 4.])
     """
-    operator = without_graph(operator)
+    check_operator(operator)
+    if probes is not None or operator.formed is None or keeps_graph(operator):
+        operator = without_graph(operator)  # what is formed has no graph, and no use for a copy of the operator
     check_square(operator)
     check_choice("method", method, DiagonalMethod)
     if probes is None:
-        return check_result(operator, _exact(operator), "the diagonal")
+        return check_result(operator, _exact(operator).detach(), "the diagonal")
     check_probes(probes)
     z = signs(probes, operator.domain, seed)
     if method == "hutchinson":

@@ -49,6 +49,7 @@ from .routes.by_sample import SampleFactors
 from .routes.curvature import hessian_diagonal, hessian_layers
 from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
+from .routes.labelled import RecordedLabels, softmax_of_labels
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import ConnectedFactors

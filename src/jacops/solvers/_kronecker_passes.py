@@ -42,7 +42,7 @@ class Piece:
     Attributes:
         gradients: By groups of parameters; they can be read once, where nothing was kept.
         factor: With which the batch enters the whole.
-        share: Which part of the batch's cotangents these are.
+        share: 1 for the first cotangents of a batch, 0 for others, which multiply the same.
     """
 
     gradients: Iterable[Gradients]
@@ -112,7 +112,7 @@ class Passes:
             seeds = directions.chunk(start, min(start + size, columns))
             gradients = self._confirmed(batch, seeds, outer_only)
             self._begun = True
-            yield Piece(gradients, factor, seeds.shape[0] / columns if factor else 0.0)
+            yield Piece(gradients, factor, 1.0 if factor and not start else 0.0)
 
     def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":

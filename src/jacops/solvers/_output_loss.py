@@ -30,11 +30,11 @@ from .._torch.protocol import (
     counted_labels,
     gradient_linearization,
     record_at_outputs,
+    softmax_of_labels,
 )
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
 
-_LABELLED = Fact.SOFTMAX_OF_LABELS
 _FULL_ENTRIES = 2**26  # 512 MiB of blocks, which are held in float64
 
 
@@ -101,9 +101,12 @@ class LossAtOutput:
     @restoring
     def output(self) -> Any:
         """Return the recorded output `(n, entries)`, linearised by the parameters, of a torch model."""
+        lin = self.found.lin
+        if len(lin.outputs) == 1 and lin.outputs[0].shape == self.like.shape:  # the same graph, which is known
+            return lin.to(lin.outputs, ["output"], self.call)
         with recording():
-            joined = self._joined([self.found.lin.outputs[i] for i in self._used])
-        return self.found.lin.to([joined], ["output"], self.call)
+            joined = self._joined([lin.outputs[i] for i in self._used])
+        return lin.to([joined], ["output"], self.call)
 
     def product(self, rows: Tensor) -> Tensor:
         """Return the Hessian times `(n, entries)`."""
@@ -188,9 +191,11 @@ class LossAtOutput:
             NonFiniteError: It holds NaN or Inf.
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
-        expected = None if losses is None or self.foreign else self._labelled(losses)
-        if expected is not None and not self._due(_LABELLED):
-            return expected
+        expected = None
+        if losses is not None and not self.foreign:
+            expected = softmax_of_labels(losses, self.y, self.leaves, self._at.lin.proofs, self._counted)
+        if expected is not None and not expected.is_due():
+            return expected.form
         found = ProbedHessian(self._products, self.like, self.leaves, self._computed_in)
         if not found.is_finite:
             raise NonFiniteError(f"{self.call}: in the loss's second derivative by the output, some are NaN or Inf.")
@@ -200,26 +205,9 @@ class LossAtOutput:
         diagonal = found.diagonal()
         if diagonal is not None:
             return Elementwise(_root(diagonal))
-        if expected is not None and found.agrees(expected):
-            self._at.lin.proofs.remember(_LABELLED)
-            return expected
+        if expected is not None and expected.agrees(found):
+            return expected.form
         return found.softmax(self._counted) or self._blocks()
-
-    def _labelled(self, losses: RowLosses) -> Softmax | None:
-        """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output."""
-        output, y = self.leaves[0].detach(), self.y
-        if len(self.leaves) != 1 or not isinstance(y, Tensor) or not losses.counts_targets(y) or losses.lag(y):
-            return None
-        axes = {axis for axis in (1, output.ndim - 1) if y.shape == output.shape[:axis] + output.shape[axis + 1 :]}
-        if output.ndim < 2 or len(axes) != 1:
-            return None
-        (axis,) = axes
-        shape = output.shape
-        folded = (shape[0], shape[1:axis].numel(), shape[axis], shape[axis + 1 :].numel())
-        shares = losses.label_shares(y).reshape(folded[0], folded[1], 1, folded[3])
-        factor = shares / shares.sum() if losses.reduction == "mean" else shares
-        real = shares > 0 if self._counted is None else self._counted.reshape(shares.shape)
-        return Softmax(output.softmax(axis).reshape(folded), factor.sqrt().to(output), real.to(output.device))
 
     def _blocks(self) -> FullBlocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:

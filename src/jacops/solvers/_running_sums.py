@@ -72,7 +72,9 @@ class Running:
 
 @final
 class SideSum:
-    """The sum of `factor * rows.T @ rows` over batches of rows `(g, n, p)`; its diagonal alone where p is large.
+    """The sum of `factor * rows.T @ rows` over batches of rows `(b, g, n, p)`; its diagonal alone where p is large.
+
+    Parts b of a batch, which may be missing, are added up: rows that are not laid out in one run need not be copied.
 
     Of the matrices `(g, p, p)` strips of rows up to the diagonal are computed and kept, about half of all entries.
 
@@ -87,15 +89,16 @@ class SideSum:
 
     def add(self, rows: Tensor, factor: float) -> None:
         """Add rows."""
+        rows = rows.unsqueeze(0) if rows.ndim == 3 else rows
         self.diagonal = rows.shape[-1] > self.widest
         if self.diagonal:
-            self.add_diagonal(rows.square().sum(1), factor)
+            self.add_diagonal(rows.square().sum((0, 2)), factor)
             return
         starts = range(0, max(1, rows.shape[-1]), _STRIP)
         self.strips = self.strips or [Running() for _ in starts]
         for strip, start in zip(self.strips, starts, strict=True):
             stop = start + _STRIP
-            strip.add(rows[:, :, start:stop].mT @ rows[:, :, :stop], factor)
+            strip.add(_gram(rows[..., start:stop], rows[..., :stop]), factor)
 
     def add_diagonal(self, part: Tensor, factor: float) -> None:
         """Add `(g, p)` to a sum that is a diagonal."""
@@ -150,6 +153,15 @@ class SideSum:
         """Return the last entry of the diagonal times a number, `(g, 1)`."""
         part = self.strips[-1].value()
         return (part[:, -1:] if self.diagonal else part[:, -1, -1:]) * factor
+
+
+def _gram(left: Tensor, right: Tensor) -> Tensor:
+    """Return `left.T @ right`, `(g, p, q)`, of rows `(b, g, n, p)` and `(b, g, n, q)`, some parts b at a time."""
+    if len(left) == 1:
+        return left[0].mT @ right[0]
+    step = max(1, ENTRIES // max(1, left.shape[1] * left.shape[3] * right.shape[3]))
+    parts = ((a.mT @ b).sum(0) for a, b in zip(left.split(step), right.split(step), strict=True))
+    return sum(parts, left.new_zeros(()))
 
 
 def squares(uses: Sequence[OuterGradients]) -> Tensor:

@@ -18,7 +18,8 @@ from ..._runtime.rows import plain
 from ..sweeps.batched import at_once, passed
 from ..sweeps.linearization import Linearization
 from .orders import sample_uses
-from .parts import Several
+from .part import RowFactors
+from .parts import Outer, Several
 from .uses import ParameterUse, cotangents
 
 
@@ -83,8 +84,10 @@ class LayerRows:
     @cached_property
     def by_leaf(self) -> list[tuple[int, list[int]]]:
         """Every covered leaf and which sites are its."""
-        covered = (leaf for leaf in range(len(self.lin.leaves)) if leaf not in self.missing)
-        return [(leaf, [i for i, site in enumerate(self.sites) if site.leaf == leaf]) for leaf in covered]
+        places: dict[int, list[int]] = {j: [] for j in range(len(self.lin.leaves)) if j not in self.missing}
+        for i, site in enumerate(self.sites):
+            places[site.entry.leaf].append(i)
+        return [*places.items()]
 
     def column_squares(
         self, operands: Sequence[Tensor | None], seeds: Iterable[Tensor], most: int
@@ -99,7 +102,8 @@ class LayerRows:
             most: Numbers that an array on the way may hold.
         """
         waiting: list[list[Tensor]] = []
-        for deltas in (found for some in seeds for found in self.sweeps(some)):
+        sites = [self.sites[i] for i in self._squared_sites]
+        for deltas in (found for some in seeds for found in self.sweeps(some, sites)):
             waiting.append(deltas)
             held = sum(delta.numel() for own in waiting for delta in own)
             if not self._single or held + sum(delta.numel() for delta in deltas) > most:
@@ -113,15 +117,43 @@ class LayerRows:
         """Whether samples have one position each: then squares of several seeds add up before they meet the operand."""
         return all(site.kind == "vector" or site.row_count <= self.samples for site in self.sites)
 
+    @cached_property
+    def _added_to(self) -> dict[int, int]:
+        """Vectors that are added to a product by the same operation, one position a sample, by the weight's site."""
+        weights = {
+            use.node: i
+            for i, use in enumerate(self.sites)
+            if use.kind == "outer" and use.layout is not None and use.row_count == self.samples
+        }
+        found: dict[int, int] = {}
+        for leaf, own in self.by_leaf:
+            use = self.sites[own[0]] if len(own) == 1 else None
+            if use is not None and use.kind == "vector" and not use.derived and use.node in weights:
+                layout = self.sites[weights[use.node]].layout
+                whole = layout is not None and layout.channels == self.lin.leaves[leaf].numel()
+                if whole and use.operand is None:
+                    found[leaf] = weights[use.node]
+        return found
+
+    @cached_property
+    def _squared_sites(self) -> list[int]:
+        """The sites at which cotangents are squared: of vectors that are added to a product the squares are its own."""
+        return [i for i, site in enumerate(self.sites) if site.leaf not in self._added_to]
+
     def _squared(
         self, operands: Sequence[Tensor | None], sweeps: Sequence[Sequence[Tensor]]
     ) -> Iterator[tuple[int, Tensor]]:
-        by_sample = ([rows.transpose(0, 1) for rows in found] for found in zip(*sweeps, strict=True))
-        deltas = [found[0] if len(found) == 1 else torch.cat(found, 1) for found in by_sample]
+        parts: dict[int, RowFactors] = {}
+        for i, found in zip(self._squared_sites, zip(*sweeps, strict=True), strict=True):
+            rows = [own.transpose(0, 1) for own in found]
+            parts[i] = self.sites[i].part(operands[i], rows[0] if len(rows) == 1 else torch.cat(rows, 1))
         for leaf, sites in self.by_leaf:
-            parts = [self.sites[i].part(operands[i], deltas[i]) for i in sites]
-            if parts:
-                yield leaf, (parts[0] if len(parts) == 1 else Several(parts)).column_squares()
+            beside = parts[self._added_to[leaf]] if leaf in self._added_to else None
+            if isinstance(beside, Outer):
+                yield leaf, beside.delta_squares.sum(0)
+            elif sites:
+                own = [parts[i] for i in sites]
+                yield leaf, (own[0] if len(own) == 1 else Several(own)).column_squares()
 
 
 def _deltas(use: ParameterUse, found: Tensor | None, seeds: Tensor) -> Tensor:

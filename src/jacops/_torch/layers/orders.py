@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._ladder.names import Fact
 from ..._runtime.contexts import private_noise
 from ..sweeps.linearization import Linearization
+from .known_uses import KnownUses
 from .rules import Order, by_sample
 from .uses import ParameterUse, cotangents, find_uses
 
@@ -27,24 +28,27 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
         lin: A model's outputs, first axis samples, by its parameters; with one sample, anything of that sample.
         samples: How many.
     """
-    found = find_uses(lin, repeated=True)
-    if samples == 1:  # any order is right
+    proofs = lin.proofs
+    key = (Fact.ORDERS_OF_ROWS, samples, lin.graph_info.wiring, lin.domain.names)
+    known: KnownUses | None = None if proofs.needs(*key) else proofs.known.get(key)
+    found = None if known is None else known.at(lin, samples)
+    if found is not None:
         return found
-    uses = _flat(found)
-    proofs, key = lin.proofs, (Fact.ORDERS_OF_ROWS, samples, len(uses), tuple(lin.domain.names))
-    if key in proofs.known and not proofs.needs(*key):
-        orders, lost = proofs.known[key]
-        return _placed(find_uses(lin, True, [uses[i].node for i in lost]) if lost else found, orders, samples)
-    orders = find_orders(lin, uses, samples) if uses else []
-    lost = [i for i, order in enumerate(orders) if order is None]
-    if lost:
-        behind = find_uses(lin, True, [uses[i].node for i in lost])
-        if any(uses[i].leaf in behind for i in lost):
-            found, orders = behind, find_orders(lin, _flat(behind), samples)
-    if all(isinstance(order, int) for order in orders):
-        proofs.known[key] = orders, lost
+    found = find_uses(lin, repeated=True)
+    orders: list[Order | None] = [1 for _ in _flat(found)]  # of one sample any order is right
+    if samples > 1:
+        uses = _flat(found)
+        orders = find_orders(lin, uses, samples) if uses else []
+        lost = [i for i, order in enumerate(orders) if order is None]
+        if lost:
+            behind = find_uses(lin, True, [uses[i].node for i in lost])
+            if any(uses[i].leaf in behind for i in lost):
+                found, orders = behind, find_orders(lin, _flat(behind), samples)
+        found = _placed(found, orders, samples)
+    if orders and all(isinstance(order, int) for order in orders):
+        proofs.known[key] = KnownUses.of(lin, found)
         proofs.remember(*key)
-    return _placed(found, orders, samples)
+    return found
 
 
 def _flat(found: dict[int, list[ParameterUse]]) -> list[ParameterUse]:

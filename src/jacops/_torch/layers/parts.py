@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self, final
 
 import torch
@@ -246,11 +247,16 @@ class Outer(Products):
             total = product if total is None else total.add_(product)
         return self.like.new_zeros(n * k, n * k) if total is None else total
 
+    @cached_property
+    def delta_squares(self) -> Tensor:
+        """Sums of the squared cotangents `(n, g, out)` at the first position, over outputs."""
+        return self.delta[:, :, 0].square().sum(1)
+
     def column_squares(self) -> Tensor:
         """Multiply the squares, where there is one position."""
         if self.delta.shape[2] != 1:
             return RowFactors.column_squares(self)
-        by_group = torch.einsum("ngo,ngi->goi", self.delta[:, :, 0].square().sum(1), self.operand[:, 0].square())
+        by_group = torch.einsum("ngo,ngi->goi", self.delta_squares, self.operand[:, 0].square())
         return (by_group.mT if self.turned else by_group).reshape(self.shape[2:])
 
 

@@ -53,6 +53,7 @@ class ParameterUse:
         node: The operation; `edge` is its output, where cotangents are requested.
         entry: How the leaf arrives.
         shape: Of the operation's output; of the sum's where there is one.
+        rule: Of the operation.
         sum: The sum that repeats the operation's output for all samples (positions added to tokens), if there is one:
             cotangents are requested at its output, where samples are still apart.
         samples: How many.
@@ -62,7 +63,7 @@ class ParameterUse:
     node: Any
     entry: Entry
     shape: torch.Size
-    _rule: Rule
+    rule: Rule
     _tensor: Tensor
     sum: Any = None
     samples: int = 1
@@ -76,12 +77,12 @@ class ParameterUse:
     @property
     def kind(self) -> Kind:
         """How rows are put together."""
-        return self._rule.kind
+        return self.rule.kind
 
     @cached_property
     def turned(self) -> bool:
         """Whether the leaf is the transposed sum of outer products, group by group."""
-        return self.kind == "outer" and self._rule.turned(self.node, self.entry)
+        return self.kind == "outer" and self.rule.turned(self.node, self.entry)
 
     @property
     def derived(self) -> bool:
@@ -96,7 +97,7 @@ class ParameterUse:
     @cached_property
     def attached(self) -> Tensor | None:
         """What multiplies the leaf, `(R, …)`, with its graph."""
-        return self._rule.operand(self.node, self.entry)
+        return self.rule.operand(self.node, self.entry)
 
     @cached_property
     def operand(self) -> Tensor | None:
@@ -106,7 +107,7 @@ class ParameterUse:
     @restoring
     def _found(self, attached: bool) -> Tensor | None:
         with torch.set_grad_enabled(attached):
-            found = self._rule.operand(self.node, self.entry)
+            found = self.rule.operand(self.node, self.entry)
         if found is not None and self.sum is not None:
             found = found.repeat(self.shape[:-1].numel() // found.shape[0])
         return found if found is None or attached else found.detach()
@@ -119,7 +120,7 @@ class ParameterUse:
     @property
     def patch_bytes(self) -> int:
         """Bytes of an operand that is made for the purpose, before it is."""
-        return self._rule.patch_bytes(self.node, self.entry)
+        return self.rule.patch_bytes(self.node, self.entry)
 
     # ---- rows of samples ---------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class ParameterUse:
             return spread.unflatten(2, (self._layout.groups, -1))
         # Rules of outer products and lookups return the cotangent: only vectors are multiplied here.
         factor = None if self.kind != "vector" else self.attached if attached else self.operand
-        rows = by_sample(self._rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
+        rows = by_sample(self.rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
         return rows.unsqueeze(2) if self.kind == "lookup" else rows
 
     def deltas(self, cotangents: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class ParameterUse:
             return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
         if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
             # The first axis becomes rows, for any cotangent.
-            rows = self._rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
+            rows = self.rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)
             return by_sample(rows.unflatten(0, (len(cotangents), -1)), self.samples, self.order, axis=1)
         return torch.stack([self.delta(cotangent) for cotangent in cotangents])
 
@@ -186,7 +187,7 @@ class ParameterUse:
 
     @cached_property
     def _layout(self) -> RowLayout | None:
-        return self._rule.layout(self.node, self.entry)
+        return self.rule.layout(self.node, self.entry)
 
     @property
     def layout(self) -> RowLayout | None:
@@ -200,7 +201,7 @@ class ParameterUse:
 
     def entries(self) -> Tensor:
         """Return for `"vector"` which entry of the leaf enters where, `(*shape)`: broadcasting, as numbers."""
-        return self._rule.entries(self.node, self.entry, torch.arange(self._tensor.numel(), device=self._tensor.device))
+        return self.rule.entries(self.node, self.entry, torch.arange(self._tensor.numel(), device=self._tensor.device))
 
 
 def find_uses(lin: Linearization, repeated: bool = False, inside: Iterable[Any] = ()) -> dict[int, list[ParameterUse]]:

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..._finite import is_finite
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
@@ -27,6 +28,7 @@ from ..sweeps.linearization import Linearization
 from .by_layers import Rehearsal, Rows
 from .by_products import ByProducts
 from .curvature import is_plain
+from .labelled import KnownSoftmax, RecordedLabels
 
 # Columns at a time, above the diagonal only: 0.65 of the whole product's time at 1,930 columns; 128 takes 0.9.
 _STRIPE = 512
@@ -72,7 +74,9 @@ def _single_positions(layers: LayerRows) -> list[LayerOutput]:
     return sites if same else []
 
 
-def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most: int) -> tuple[Tensor, str] | None:
+def gauss_newton_diagonal(
+    lin: Linearization, curvature: Rows, rows: Rows, labels: RecordedLabels, most: int
+) -> tuple[Tensor, str] | None:
     """Return the diagonal of `J^T H J` and how it was found; None where no layer helps.
 
     With H = V S V^T sample by sample, it is the sum of squared gradients along the columns of V (Dangel, Kunstner and
@@ -82,7 +86,7 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
         return None
     (output,) = lin.outputs
     layers = LayerRows(lin, output.shape[0])
-    signed = _signed_roots(curvature, output) if layers.sites else None
+    signed = _signed_roots(curvature, output, labels.softmax()) if layers.sites else None
     if signed is None:
         return None
     before, slices = lin.sweeps, lin.domain.slices
@@ -99,8 +103,12 @@ def gauss_newton_diagonal(lin: Linearization, curvature: Rows, rows: Rows, most:
     return diagonal, f"through {len(layers.sites)} outputs of layers, {swept} sweeps{beside}"
 
 
-def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Directions]] | None:
+def _signed_roots(
+    curvature: Rows, output: Tensor, expected: KnownSoftmax | None
+) -> Sequence[tuple[int, Directions]] | None:
     """Return directions s with signs such that H is the sum of all `sign * s s^T`; None where it mixes samples."""
+    if expected is not None and not expected.is_due() and is_finite(expected.form.p):
+        return [(1, expected.form)]
     probed = _probed(curvature, output)
     if probed.mixes:
         return None
@@ -109,6 +117,8 @@ def _signed_roots(curvature: Rows, output: Tensor) -> Sequence[tuple[int, Direct
         return [(1, Elementwise(found.clamp_min(0).sqrt())), (-1, Elementwise(found.clamp_max(0).neg().sqrt()))][
             : 1 + bool((found < 0).any())
         ]
+    if probed.is_finite and expected is not None and expected.agrees(probed):
+        return [(1, expected.form)]
     softmax = probed.softmax() if probed.is_finite else None
     if softmax is not None:
         return [(1, softmax)]

@@ -7,9 +7,9 @@ of a whole weight, except to check itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -92,6 +92,11 @@ class RecordedBatch:
 
     # ---- which parameters go together --------------------------------------------------------------------------
 
+    @cached_property
+    def _forms(self) -> dict[int, set[str]]:
+        """In what ways each parameter enters."""
+        return {leaf: {"derived" if site.derived else site.kind for site in own} for leaf, own in self.uses.items()}
+
     def groups(self) -> tuple[Group, ...]:
         """Return the parameters in groups, each parameter once, in the order of their weights."""
         partners, grouped = self._biases(), []
@@ -105,7 +110,7 @@ class RecordedBatch:
         """Return a leaf that enters this batch in another way than its group has."""
         for group in groups:
             for place, leaf in enumerate(group.leaves):
-                forms = _forms(self.uses.get(leaf, []))
+                forms = self._forms.get(leaf, set())
                 wanted = {"outer": {"outer", "lookup"}, "lookup": {"lookup"}}.get(group.form, forms)
                 known = group.form == "swept" or leaf in self.uses
                 if not known or not forms <= ({"vector"} if place else wanted):
@@ -116,7 +121,7 @@ class RecordedBatch:
         uses = self.uses.get(leaf)
         if uses is None:
             return Group("swept", (leaf,))
-        forms = _forms(uses)
+        forms = self._forms[leaf]
         if not uses or forms & {"vector", "derived"} or (len(uses) > 1 and len(set(map(_sides, uses))) > 1):
             return Group("rows", (leaf,))
         if forms == {"lookup"}:
@@ -126,24 +131,31 @@ class RecordedBatch:
 
     def _biases(self) -> dict[int, int]:
         """Return the bias of each weight that has one: added at the weight's own output, use by use."""
-        weights = {i: own for i, own in self.uses.items() if _forms(own) == {"outer"}}
-        vectors = {i: own for i, own in self.uses.items() if _forms(own) == {"vector"}}
-        if not weights or not vectors:
-            return {}
-        flat = [site for own in (*weights.values(), *vectors.values()) for site in own]
-
-        @cache
-        def deltas() -> dict[ParameterUse, Tensor]:
-            return dict(zip(flat, self._layers.sweep([private_noise(self.output)], flat), strict=True))
-
+        weights = {i: self.uses[i] for i, forms in self._forms.items() if forms == {"outer"}}
+        vectors = {i: self.uses[i] for i, forms in self._forms.items() if forms == {"vector"}}
         partners: dict[int, int] = {}
-        for exact in (True, False):  # the same operation first: a later sum has the same cotangent
+        for fits in (_added_there, self._same_cotangents):  # the same operation first: a later sum has its cotangent
             for weight, own in weights.items():
-                rest = (i for i in vectors if i not in partners.values())
-                if weight not in partners and len({site.turned for site in own}) == 1:
-                    bias = next((i for i in rest if _is_bias(own, vectors[i], deltas, exact)), None)
-                    partners |= {} if bias is None else {weight: bias}
+                if weight in partners or not vectors or len({site.turned for site in own}) > 1:
+                    continue
+                bias = next((i for i, vector in vectors.items() if len(own) == len(vector) and fits(own, vector)), None)
+                if bias is not None:
+                    partners[weight] = bias
+                    del vectors[bias]
         return partners
+
+    @cached_property
+    def _noise(self) -> dict[ParameterUse, Tensor]:
+        """Cotangents at all uses of weights and vectors, for noise at the output."""
+        sites = [site for i, own in self.uses.items() if self._forms[i] in ({"outer"}, {"vector"}) for site in own]
+        return dict(zip(sites, self._layers.sweep([private_noise(self.output)], sites), strict=True))
+
+    def _same_cotangents(self, weights: Sequence[ParameterUse], vectors: Sequence[ParameterUse]) -> bool:
+        """Return whether vectors are added, multiplied by nothing, where the cotangents are those of weights."""
+        if any(site.operand is not None for site in vectors):
+            return False
+        pairs = [(self._noise[w].flatten(2), self._noise[v].flatten(2)) for w, v in zip(weights, vectors, strict=True)]
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
@@ -165,7 +177,7 @@ class RecordedBatch:
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site."""
         found = list(self._layers.sweeps(seeds, sites))
-        return [own[0] if len(own) == 1 else torch.cat(own) for own in zip(*found, strict=True)]
+        return [own[0] if len(own) == 1 else _joined(own) for own in zip(*found, strict=True)]
 
     def _gradients(
         self, group: Group, sites: Sequence[ParameterUse], deltas: Sequence[Tensor], seeds: Tensor
@@ -228,11 +240,15 @@ class RecordedBatch:
     def distrust(self) -> None:
         """Take ordinary sweeps for all parameters from now on."""
         self.uses = {}
+        vars(self).pop("_forms", None)
 
 
-def _forms(sites: Sequence[ParameterUse]) -> set[str]:
-    """Return in what ways a parameter enters."""
-    return {"derived" if site.derived else site.kind for site in sites}
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors joined along the first axis, laid out as the first is: channels of images stay outside pixels."""
+    strides = parts[0].stride()
+    order = [0, *sorted(range(1, parts[0].ndim), key=lambda axis: -strides[axis])]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat([part.permute(order) for part in parts]).permute(back)
 
 
 def _sides(use: ParameterUse) -> tuple[int, int]:
@@ -243,22 +259,10 @@ def _sides(use: ParameterUse) -> tuple[int, int]:
     return groups, use.entry.weight.numel() // (groups * inner) if use.turned else inner
 
 
-def _is_bias(
-    weights: list[ParameterUse],
-    vectors: list[ParameterUse],
-    deltas: Callable[[], dict[ParameterUse, Tensor]],
-    exact: bool,
-) -> bool:
-    if len(weights) != len(vectors) or any(site.operand is not None for site in vectors):
-        return False
-    pairs = list(zip(weights, vectors, strict=True))
-    if exact:
-        return all(w.node is v.node and w.layout is not None for w, v in pairs)
-    for w, v in pairs:
-        at_weight, at_vector = deltas()[w].flatten(2), deltas()[v].flatten(2)
-        if at_weight.shape != at_vector.shape or not torch.equal(at_weight, at_vector):
-            return False
-    return True
+def _added_there(weights: Sequence[ParameterUse], vectors: Sequence[ParameterUse]) -> bool:
+    """Return whether vectors are added, multiplied by nothing, by the operations that take weights."""
+    pairs = zip(weights, vectors, strict=True)
+    return all(w.node is v.node and w.layout is not None and v.operand is None for w, v in pairs)
 
 
 def _given(operand: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +18,8 @@ Order = int | Tensor
 
 A tensor `(samples, positions)` holds which rows are a sample's, where the number of rows means none.
 """
+
+_LAYOUTS = 256  # shapes of outputs whose layouts are remembered, numbers alone: those of a few networks
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +102,14 @@ class RowLayout:
         return split.permute(*range(len(lead)), *(len(lead) + i for i in back)).reshape(*lead, *self.shape)
 
 
+@lru_cache(_LAYOUTS)
 def last_axis(shape: torch.Size) -> RowLayout:
     """Return the layout of an output whose last axis are channels; one axis alone makes rows."""
     sizes = tuple(shape) if len(shape) > 1 else (*shape, 1)
     return RowLayout(shape, sizes, tuple(range(len(sizes))), len(sizes) - 1)
 
 
+@lru_cache(_LAYOUTS)
 def second_axis(shape: torch.Size, samples: int, groups: int = 1) -> RowLayout:
     """Return the layout of an output `(samples, channels, …)`, or one that is reshaped so."""
     inner = shape[2:].numel()

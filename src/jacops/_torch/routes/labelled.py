@@ -1,0 +1,103 @@
+"""The Hessian of cross-entropy by the output, read off its labels where that was proved for the loss's graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..._ladder.names import Fact
+from ..model.loss_facts import counts_targets, torch_loss
+from ..model.output_curvature import ProbedHessian, Softmax
+from ..model.row_losses import RowLosses
+from ..sweeps.proofs import Proofs
+
+
+@dataclass(frozen=True, eq=False)
+class KnownSoftmax:
+    """The Hessian that a loss with these labels and weights is expected to have.
+
+    Attributes:
+        form: The Hessian.
+        reduction: How the loss is taken to reduce rows.
+        proofs: Of the loss's graph, recorded at the output.
+    """
+
+    form: Softmax
+    reduction: str
+    proofs: Proofs
+
+    def is_due(self) -> bool:
+        """Return whether it has to be compared with products: it is not proved for this graph, or was long ago."""
+        claim = Fact.SOFTMAX_OF_LABELS, self.reduction
+        return self.proofs.needs(*claim) or self.proofs.spot_due(claim[0])
+
+    def agrees(self, probed: ProbedHessian) -> bool:
+        """Return whether products are what it gives, and remember that."""
+        if not probed.agrees(self.form):
+            return False
+        self.proofs.remember(Fact.SOFTMAX_OF_LABELS, self.reduction)
+        return True
+
+
+def softmax_of_labels(
+    losses: RowLosses, y: Any, outputs: Sequence[Tensor], proofs: Proofs, counted: Tensor | None = None
+) -> KnownSoftmax | None:
+    """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output.
+
+    Args:
+        losses: Of the rows.
+        y: The labels.
+        outputs: The model's output.
+        proofs: Of the loss's graph.
+        counted: Which labels count, where that is known.
+    """
+    output = outputs[0].detach()
+    if len(outputs) != 1 or not isinstance(y, Tensor) or not losses.counts_targets(y) or losses.lag(y):
+        return None
+    axes = {axis for axis in (1, output.ndim - 1) if y.shape == output.shape[:axis] + output.shape[axis + 1 :]}
+    if output.ndim < 2 or len(axes) != 1:
+        return None
+    (axis,) = axes
+    shape = output.shape
+    folded = (shape[0], shape[1:axis].numel(), shape[axis], shape[axis + 1 :].numel())
+    shares = losses.label_shares(y).reshape(folded[0], folded[1], 1, folded[3])
+    factor = shares / shares.sum() if losses.reduction == "mean" else shares
+    real = shares > 0 if counted is None else counted.reshape(shares.shape)
+    form = Softmax(output.softmax(axis).reshape(folded), factor.sqrt().to(output), real.to(output.device))
+    return KnownSoftmax(form, losses.reduction, proofs)
+
+
+class RecordedLabels:
+    """Labels of a loss that is recorded at an output, for as long as the loss stays what it was then.
+
+    Args:
+        loss: The loss.
+        y: The labels that were recorded.
+        outputs: The model's output.
+        proofs: Of the loss's graph.
+    """
+
+    def __init__(self, loss: Any, y: Any, outputs: Sequence[Tensor], proofs: Proofs) -> None:
+        self._loss, self._y, self._outputs, self._proofs = loss, y, outputs, proofs
+        self._weight, self._noted = _settings(loss)
+
+    def softmax(self) -> KnownSoftmax | None:
+        """Return the Hessian that it is expected to have; None unless it is torch's own cross-entropy."""
+        if not counts_targets(self._loss, self._y) or torch_loss(self._loss) != "cross_entropy":
+            return None
+        weight, settings = _settings(self._loss)
+        if weight is not self._weight or settings != self._noted:  # what was recorded has the old ones
+            return None
+        return softmax_of_labels(RowLosses(self._loss), self._y, self._outputs, self._proofs)
+
+
+def _settings(loss: Any) -> tuple[Tensor | None, tuple[Any, ...]]:
+    """Return what a loss module weighs labels by, and its other settings; functions have none."""
+    if not isinstance(loss, nn.Module):
+        return None, ()
+    weight: Any = getattr(loss, "weight", None)
+    version = weight._version if isinstance(weight, Tensor) and not weight.is_inference() else None
+    return weight, (version, getattr(loss, "ignore_index", None), getattr(loss, "reduction", None))
