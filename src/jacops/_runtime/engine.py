@@ -24,6 +24,7 @@ def swept(
     seeds: Sequence[Tensor],
     create_graph: bool = False,
     batched: bool = False,
+    fit: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what `torch.autograd.grad` gives, with the graph kept and None where no path leads to a target.
 
@@ -33,19 +34,26 @@ def swept(
         seeds: A cotangent per output.
         create_graph: The result can be differentiated.
         batched: First axes of the cotangents count them.
+        fit: The cotangents are made for these outputs, so that they are not compared with them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _engine is not None and (_vmap is not None or not batched)
-    if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
+    known = (_vmap is not None or not batched) and not has_torch_function(outputs + targets + seeds)
+    if _engine is None or not known or not (fit or _alike(outputs, seeds, batched)):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
+
+    if not batched:
+        return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
     def swept_once(seeds: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
     together: Any = _vmap
-    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds) if batched else swept_once(seeds)
+    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds)
 
 
-def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], axes: int) -> bool:
-    return all(o.shape == s.shape[axes:] and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True))
+def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], batched: bool) -> bool:
+    for output, seed in zip(outputs, seeds, strict=True):
+        if output.dtype is not seed.dtype or output.shape != (seed.shape[1:] if batched else seed.shape):
+            return False
+    return True
