@@ -157,7 +157,7 @@ def _check_losses(operator: Any) -> None:
     Raises:
         NonFiniteError: It is.
     """
-    value = getattr(operator, "value", None)
+    value = vars(operator).get("value")
     if isinstance(value, Tensor) and value.ndim == 0 and not math.isfinite(value.item()):
         raise NonFiniteError(f"{_name(operator)}: the loss is {value.item()}{_origin_in_words(operator)}")
     for part in parts_of(operator):

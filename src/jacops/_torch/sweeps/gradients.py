@@ -18,8 +18,7 @@ from torch import Tensor
 from ..._finite import check_finite, is_finite
 from ..._ladder.names import Fact
 from ..._runtime.agreement import difference_tolerance, inner, size
-from ..._runtime.contexts import is_sweeping, private_noise, sweeping
-from ..._runtime.restoring import restoring
+from ..._runtime.contexts import out_of_inference, private_noise
 from ..._runtime.rounding import rounding_error
 from ..._space import Space
 from ...errors import NotDifferentiableError
@@ -35,23 +34,12 @@ def gradient_linearization(found: Recording, call: str) -> Linearization:
         NotDifferentiableError: A `once_differentiable` Function cut the graph, or the Hessian is not symmetric.
     """
     lin = found.lin
-    grads = (_slopes if is_sweeping(lin.outputs[0]) else _slopes_elsewhere)(lin)
+    grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
     full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
     gradient = lin.to(full, partial(_names_of_slopes, lin.domain), call)
     gradient.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
     _check_twice(lin, gradient, call)
     return gradient
-
-
-def _slopes(lin: Linearization) -> list[Tensor | None]:
-    return lin.pull([torch.ones_like(lin.outputs[0])], create_graph=True)
-
-
-@restoring
-def _slopes_elsewhere(lin: Linearization) -> list[Tensor | None]:
-    """Return the gradient where the caller has switched gradients off, or autocast on."""
-    with sweeping(lin.outputs[0]):
-        return _slopes(lin)
 
 
 def _names_of_slopes(space: Space) -> list[str]:

@@ -127,25 +127,28 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         elif root not in numbers:
             numbers[root] = len(numbers)
             stack.append(root)
-    add, place_of, kinds = wiring.append, numbers.get, _kinds.get
     while stack:
         node = stack.pop()
         type_ = type(node)
-        kind = kinds(type_) or _kind(node)
-        add(type_)
+        kind = _kinds[type_] if type_ in _kinds else _kind(node)
+        edges: list[Any] = [type_]
         for parent, number in node.next_functions:
-            place = None if parent is None else place_of(parent)
-            if place is None and parent is not None:
+            if parent is None:
+                place = None
+            elif parent in numbers:
+                place = numbers[parent]
+            else:
                 place = numbers[parent] = len(numbers)
                 stack.append(parent)
-            add((place, number) if number else place)
+            edges += ((place, number) if number else place,)
+        wiring += edges
         if kind.scalars is not None:
-            add(_frozen(kind.scalars(node)))
+            wiring.append(_frozen(kind.scalars(node)))
         if kind.leaf:
             leaves.add(id(node.variable))
         elif kind.custom:
             functions[kind.name] = None
-            add(_context(node))
+            wiring.append(_context(node))
         elif kind.refuses:
             refuses = True
     named = tuple(name.removesuffix("Backward") for name in functions)
@@ -153,9 +156,14 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN or isinstance(value, _PLAIN):
         return value
-    return tuple([_frozen(item) for item in value]) if isinstance(value, tuple | list) else str(value)
+    if not isinstance(value, tuple | list):
+        return str(value)
+    for item in value:
+        if type(item) not in _PLAIN:
+            return tuple([_frozen(item) for item in value])
+    return tuple(value)
 
 
 def _context(node: Any) -> Any:

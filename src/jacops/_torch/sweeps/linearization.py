@@ -167,10 +167,11 @@ class Linearization:
 
     def is_connected(self) -> bool:
         """Return whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
-        targets = [*self.leaves, *(t for _, t in self.aliased_leaves)]
-        nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
-        reached = any(id(t) in self.graph_info.leaves for t in targets) or not nodes.isdisjoint(self.graph_info.nodes)
-        return reached or self.graph_info.reentrant
+        known = self.graph_info
+        for target in (*self.leaves, *[t for _, t in self.aliased_leaves]):
+            if id(target) in known.leaves or (target.grad_fn is not None and target.grad_fn in known.nodes):
+                return True
+        return known.reentrant
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 
