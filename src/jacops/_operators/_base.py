@@ -148,23 +148,30 @@ class Operator(Arithmetic, Savable, ABC, Described):
     def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
+        if not isinstance(other, Tensor):
+            if isinstance(other, Operator):
+                return COMPOSED["product"](self, other)
+            if isinstance(other, ScalarIdentity):
+                return other.factor * self
+        return self._product(other)
+
+    @eager
+    def _product(self, other: Any) -> Any:
+        return self._image(other)
+
+    def _image(self, other: Any) -> Any:
+        """Return the product with a vector, columns or a tree, inside of a public call."""
         if isinstance(other, Tensor):
             return self._of_tensor(other)
-        if isinstance(other, Operator):
-            return COMPOSED["product"](self, other)
-        if isinstance(other, ScalarIdentity):
-            return other.factor * self
         if isinstance(other, list | tuple | Mapping):
             return self._of_tree(other)
         raise not_a_tensor(other, "right")
 
-    @eager
     def _of_tree(self, other: Any) -> Any:
         with keeping(keeps_graph(self)):
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
         return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
 
-    @eager
     def _of_tensor(self, other: Tensor) -> Any:
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape

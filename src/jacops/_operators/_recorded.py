@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._ladder.protocol import Linearized
 from .._space import Space
 from .._torch.protocol import ByLayers, Linearization, check_kept

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..._cached import cached_property
 from ..._ladder.failures import RouteFailedError, attempted
 from ..._runtime.contexts import sweeping
 from ..._runtime.engine import swept

@@ -185,7 +185,9 @@ def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]
             seen.add(node)
             stack.append((node, True))
             if node not in ends:
-                stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
+                stack += [
+                    (parent, False) for parent, _ in node.next_functions if parent is not None and parent not in seen
+                ]
     return order
 
 

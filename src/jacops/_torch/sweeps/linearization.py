@@ -9,13 +9,13 @@ many cotangents in one batched pass, compared with one plain pass over a random 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ..._cached import cached_property
 from ..._ladder.names import Question
 from ..._ladder.route import answer
 from ..._progress import track
@@ -24,7 +24,7 @@ from ..._runtime.chunks import MOST_COLUMNS, to_a_pass
 from ..._runtime.contexts import autocast_on, is_sweeping, must_surface, sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
+from ..._runtime.rows import Rows, basis, contracted, cut_length, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
 from ..._space import Space
 from ...errors import JacopsError
@@ -103,7 +103,7 @@ class Linearization:
     @cached_property
     def tolerance(self) -> float:
         """To which routes have to agree; under autocast values are coarser than their dtypes say."""
-        return tolerance([*self.domain.dtypes, *self.codomain.dtypes, *self._coarse])
+        return tolerance([*self.domain.dtypes, *[o.dtype for o in self.outputs], *self._coarse])
 
     @property
     def graph_info(self) -> GraphInfo:
@@ -192,16 +192,12 @@ class Linearization:
         if cuts:  # with seeds that require grad, once_differentiable backwards leave a mark instead of dropping a part
             seeds = [c if c.requires_grad else c.detach().requires_grad_() for c in seeds]
         self.sweeps += 1
-        # The state is mostly right as it is: to save it and set it again takes as long as a small pass.
         sweep = self._sweep if is_sweeping(outputs[0]) else self._sweep_elsewhere
         grads = sweep(outputs, seeds, create_graph, batched, fit)
         if cuts:
             refuse_cut(self.call, cuts, grads)
-        for grad in grads:
-            if grad is not None and grad.layout is not torch.strided:
-                grads = [dense(g) for g in grads]
-                break
-        return self._merged(grads) if self.aliased_leaves else list(grads)
+        grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
+        return self._merged(grads) if self.aliased_leaves else grads
 
     @restoring
     def _sweep_elsewhere(self, outputs: Rows, *args: Any) -> Sequence[Tensor | None]:
@@ -223,7 +219,7 @@ class Linearization:
             raise not_swept(self.call, error, self.graph_info.functions) from error
 
     def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        merged = list(grads[: len(self.leaves)])
+        merged = [*grads[: len(self.leaves)]]
         for (index, _), extra in zip(self.aliased_leaves, grads[len(self.leaves) :], strict=True):
             own = merged[index]
             merged[index] = extra if own is None else own if extra is None else own + extra
@@ -242,14 +238,13 @@ class Linearization:
         if Question.PULL not in self.routes:
             self.routes[Question.PULL] = PULLS[-1].describe(None)
         if self._whole is None:
-            self._whole = _entries_in_one_piece(self.outputs) if self.leaves else 0
+            self._whole = cut_length(self.outputs) if self.leaves else 0
         if vector.shape[0] != self._whole or vector.dtype is not self.outputs[0].dtype:
             return self.domain.join_row(self.gradient(self.codomain.unflatten(vector)))[0]
         # Torch cuts a vector into pieces, and joins them, in two thirds of the time of a view for each.
         grads = self._pulled(self.outputs, list(_unflatten_dense_tensors(vector, self.outputs)), fit=True)
-        dtype = vector.dtype
         for grad in grads:
-            if type(grad) is not Tensor or grad.dtype is not dtype:
+            if type(grad) is not Tensor or grad.dtype is not vector.dtype:
                 return self.domain.join_row(self._filled(grads))[0]
         return _flatten_dense_tensors(grads)
 
@@ -398,13 +393,6 @@ class Linearization:
     @cached_property
     def _passed_bytes(self) -> int:
         return passed_bytes(self.graph_info.nodes)
-
-
-def _entries_in_one_piece(tensors: Sequence[Tensor]) -> int:
-    """Return the length of a vector that torch cuts into cotangents of all these tensors; 0 where it cannot."""
-    dtype = tensors[0].dtype if tensors else None
-    sizes = [t.numel() if type(t) is Tensor and t.dtype is dtype and t.requires_grad else 0 for t in tensors]
-    return 0 if 0 in sizes else sum(sizes)
 
 
 def _names(names: Names, tensors: Sequence[Tensor]) -> Sequence[str]:
