@@ -67,6 +67,10 @@ class ParameterUse:
     samples: int = 1
     order: Order = 1
 
+    def ordered(self, samples: int, order: Order) -> ParameterUse:
+        """Return the use with the order of its rows; nothing that depends on another one is kept."""
+        return ParameterUse(self.node, self.entry, self.shape, self._rule, self._tensor, self.sum, samples, order)
+
     @property
     def leaf(self) -> int:
         """Which of the linearization's leaves."""

@@ -116,17 +116,12 @@ def refuse_cut(call: str, functions: Sequence[str], results: Sequence[Tensor | N
 
 def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     """Walk the graph behind `tensors` once."""
-    numbers: dict[Any, int] = {}
-    wiring: list[Any] = []
-    stack, functions, leaves, refuses = [], {}, set(), False
-    for tensor in tensors:
-        root = tensor.grad_fn
-        wiring.append(tensor.output_nr)
-        if root is None:
-            leaves |= {id(tensor)} if tensor.requires_grad else set()
-        elif root not in numbers:
-            numbers[root] = len(numbers)
-            stack.append(root)
+    pairs = [(tensor, tensor.grad_fn) for tensor in tensors]
+    wiring: list[Any] = [tensor.output_nr for tensor, _ in pairs]
+    leaves = {id(tensor) for tensor, root in pairs if root is None and tensor.requires_grad}
+    stack: list[Any] = list(dict.fromkeys([root for _, root in pairs if root is not None]))
+    numbers: dict[Any, int] = {root: i for i, root in enumerate(stack)}
+    functions, refuses = {}, False
     while stack:
         node = stack.pop()
         type_ = type(node)
