@@ -40,6 +40,7 @@ from .reentrant import backward
 from .weights import Weights, not_swept
 
 Names = Sequence[str] | str | Callable[[], Sequence[str]]
+Gradients = Sequence[Tensor | None]
 
 
 class Linearization:
@@ -77,7 +78,7 @@ class Linearization:
         device = self.outputs[0].device if self.outputs else None
         self.domain = domain or Space.of(self.leaves, _names(leaf_names, self.leaves), device)
         self.call, self.private, self.fallback = call, private, fallback
-        self._output_names = output_names
+        self._output_names, self._codomain = output_names, None
         self._whole: int | None = None
         self._coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
         self.aliased_leaves: tuple[tuple[int, Tensor], ...] = ()
@@ -90,10 +91,12 @@ class Linearization:
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
 
-    @cached_property
+    @property
     def codomain(self) -> Space:
-        """The outputs' space; no sweep needs it that is taken of tensors."""
-        return Space.of(self.outputs, _names(self._output_names, self.outputs), self.domain.device)
+        """The outputs' space, made when it is first read: no sweep over tensors needs it."""
+        if self._codomain is None:
+            self._codomain = Space.of(self.outputs, _names(self._output_names, self.outputs), self.domain.device)
+        return self._codomain
 
     @cached_property
     def proofs(self) -> Proofs:
@@ -200,14 +203,12 @@ class Linearization:
         return self._merged(grads) if self.aliased_leaves else grads
 
     @restoring
-    def _sweep_elsewhere(self, outputs: Rows, *args: Any) -> Sequence[Tensor | None]:
+    def _sweep_elsewhere(self, outputs: Rows, *args: Any) -> Gradients:
         """Sweep where the caller has switched gradients off, or autocast on."""
         with sweeping(outputs[0]):
             return self._sweep(outputs, *args)
 
-    def _sweep(
-        self, outputs: Rows, seeds: Rows, create_graph: bool, batched: bool, fit: bool
-    ) -> Sequence[Tensor | None]:
+    def _sweep(self, outputs: Rows, seeds: Rows, create_graph: bool, batched: bool, fit: bool) -> Gradients:
         targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)] if self.aliased_leaves else self.leaves
         if not self.plain and self.graph_info.reentrant:
             return backward(self, outputs, seeds, targets, create_graph, batched)
@@ -218,7 +219,7 @@ class Linearization:
                 raise
             raise not_swept(self.call, error, self.graph_info.functions) from error
 
-    def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _merged(self, grads: Gradients) -> list[Tensor | None]:
         merged = [*grads[: len(self.leaves)]]
         for (index, _), extra in zip(self.aliased_leaves, grads[len(self.leaves) :], strict=True):
             own = merged[index]
@@ -229,9 +230,8 @@ class Linearization:
         """Return one gradient per leaf by one backward pass, zeros where no path leads to the leaf."""
         return self._filled(self.pull(cotangents))
 
-    def _filled(self, grads: Sequence[Tensor | None]) -> Rows:
-        pulled = zip(grads, self.leaves, strict=True)
-        return [torch.zeros_like(plain(leaf)) if g is None else plain(g) for g, leaf in pulled]
+    def _filled(self, grads: Gradients) -> Rows:
+        return [torch.zeros_like(plain(p)) if g is None else plain(g) for g, p in zip(grads, self.leaves, strict=True)]
 
     def pull_vector(self, vector: Tensor) -> Tensor:
         """Return `(dim,)` from a flat cotangent `(dim,)` by one backward pass, which is right by definition."""
