@@ -155,10 +155,6 @@ class Operator(Arithmetic, Savable, ABC, Described):
                 return other.factor * self
         return self._product(other)
 
-    @eager
-    def _product(self, other: Any) -> Any:
-        return self._image(other)
-
     def _image(self, other: Any) -> Any:
         """Return the product with a vector, columns or a tree, inside of a public call."""
         if isinstance(other, Tensor):
@@ -166,6 +162,8 @@ class Operator(Arithmetic, Savable, ABC, Described):
         if isinstance(other, list | tuple | Mapping):
             return self._of_tree(other)
         raise not_a_tensor(other, "right")
+
+    _product = eager(_image)
 
     def _of_tree(self, other: Any) -> Any:
         with keeping(keeps_graph(self)):

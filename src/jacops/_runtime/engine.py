@@ -37,17 +37,19 @@ def swept(
         fit: The cotangents are made for these outputs, so that they are not compared with them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _engine is not None and (_vmap is not None or not batched)
-    known = known and not has_torch_function(outputs + targets + seeds)
-    if not known or not (fit or _alike(outputs, seeds, int(batched))):
+    known = (_vmap is not None or not batched) and not has_torch_function(outputs + targets + seeds)
+    if _engine is None or not known or not (fit or _alike(outputs, seeds, int(batched))):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
+
+    if not batched:
+        return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
     def swept_once(seeds: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
     together: Any = _vmap
-    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds) if batched else swept_once(seeds)
+    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds)
 
 
 def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], axes: int) -> bool:
