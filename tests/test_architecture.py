@@ -15,6 +15,7 @@ SRC = Path(__file__).parents[1] / "src"
 LAYERS = [  # imports point downwards only: from a later row to an earlier one, or within a row without a cycle
     {
         "errors",
+        "_cached",
         "_space",
         "_interop",
         "_encoding",
@@ -99,6 +100,7 @@ LAYERS = [  # imports point downwards only: from a later row to an earlier one, 
 ]
 GROUND = {
     "errors",
+    "_cached",
     "_space",
     "_interop",
     "_encoding",

@@ -10,7 +10,7 @@ from torch import Tensor
 from ._derivatives import make_ggn, make_hessian
 from ._keywords import keywords
 from ._operators import Operator
-from ._operators._finite_results import made_from
+from ._operators._finite_results import Source, with_source
 from ._options import AnyModel, CurvatureCallOptions, GraphOptions
 from ._recorded_loss import Loss
 from ._runtime.contexts import eager
@@ -69,7 +69,7 @@ def hvp(
     """
     if is_sharded(model):
         return sharded_hvp(model, loss, x, y, v, {"create_graph": create_graph, **options})
-    return _for_one_product(model, loss, x, y, make_hessian, "hvp", create_graph=create_graph, **options) @ v
+    return _for_one_product(model, loss, x, y, make_hessian, "hvp", create_graph=create_graph, **options)._image(v)
 
 
 @overload
@@ -123,10 +123,9 @@ def ggnvp(
     """
     if is_sharded(model):
         return sharded_ggnvp(model, loss, x, y, v, {"create_graph": create_graph, **options})
-    return _for_one_product(model, loss, x, y, make_ggn, "ggnvp", create_graph=create_graph, **options) @ v
+    return _for_one_product(model, loss, x, y, make_ggn, "ggnvp", create_graph=create_graph, **options)._image(v)
 
 
-@made_from("x", "y")
 def _for_one_product(
     model: AnyModel,
     loss: Loss,
@@ -137,4 +136,6 @@ def _for_one_product(
     **options: Unpack[GraphOptions],
 ) -> Operator:
     """Return an operator that is dropped before anybody can write into the model's weights."""
-    return make(model, loss, x, y, call, kept=False, **options)
+    check_finite = options.pop("check_finite", True)
+    operator = make(model, loss, x, y, call, kept=False, **options)
+    return with_source(operator, Source(call, {"x": x, "y": y}), check_finite)

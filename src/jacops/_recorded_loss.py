@@ -9,7 +9,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from ._framework import refuse_options
-from ._ladder.protocol import Picked, is_framework_model
+from ._ladder.protocol import Linearized, Picked, is_framework_model
 from ._options import CurvatureOptions, LocatedOptions, LossOptions
 from ._picks import differentiated, picked, trainable, variable
 from ._runtime.contexts import arithmetic, out_of_inference
@@ -52,12 +52,15 @@ def resolved(model: Any, options: Mapping[str, Any]) -> CurvatureOptions:
     return {**options, "parameters": picked(model, options.get("parameters"))}  # pyright: ignore[reportReturnType]
 
 
-def check_real(lin: Linearization) -> None:
+def check_real(lin: Linearized) -> None:
     """Refuse leaves and outputs that are complex.
 
     Raises:
         NotDifferentiableError: One is.
     """
+    made = [output.dtype for output in lin.outputs] or lin.codomain.dtypes
+    if not any([dtype.is_complex for dtype in (*lin.domain.dtypes, *made)]):
+        return
     for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):
             if dtype.is_complex:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._cached import cached_property
 from ._saving import Savable
 from ._trees import is_dtensor
 from .errors import InputError, InputTypeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         source: The call and the data that it was made from, for messages.
         meaning: A name for it, where it is more than the composition of its parts.
         computed: What was computed on the way to it, where that is of a single batch.
+        has_parts: Such operators may be made of others.
     """
 
     symmetric: bool = False
@@ -65,6 +66,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
     source: Source | None = None
     meaning: Meaning | None = None
     computed: Computed | None = None
+    has_parts: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -83,6 +85,10 @@ class Operator(Arithmetic, Savable, ABC, Described):
     @abstractmethod
     def _apply_transpose(self, rows: Tensor) -> Tensor:
         """Map rows `(k, m)` to rows `(k, n)`."""
+
+    def _apply_vector(self, vector: Tensor) -> Tensor:
+        """Map one vector `(n,)` to `(m,)`, without a graph."""
+        return self._apply(vector.unsqueeze(0))[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -142,23 +148,28 @@ class Operator(Arithmetic, Savable, ABC, Described):
     def __matmul__(self, other: Sequence[Tensor]) -> list[Tensor]: ...
     def __matmul__(self, other: Any) -> Any:
         """Compose with an operator, or apply to a vector, to columns, or to a tree of tensors."""
+        if not isinstance(other, Tensor):
+            if isinstance(other, Operator):
+                return COMPOSED["product"](self, other)
+            if isinstance(other, ScalarIdentity):
+                return other.factor * self
+        return self._product(other)
+
+    def _image(self, other: Any) -> Any:
+        """Return the product with a vector, columns or a tree, inside of a public call."""
         if isinstance(other, Tensor):
             return self._of_tensor(other)
-        if isinstance(other, Operator):
-            return COMPOSED["product"](self, other)
-        if isinstance(other, ScalarIdentity):
-            return other.factor * self
         if isinstance(other, list | tuple | Mapping):
             return self._of_tree(other)
         raise not_a_tensor(other, "right")
 
-    @eager
+    _product = eager(_image)
+
     def _of_tree(self, other: Any) -> Any:
         with keeping(keeps_graph(self)):
             image = self.tree(self.apply(self.domain.flatten(other).unsqueeze(0))[0])
         return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
 
-    @eager
     def _of_tensor(self, other: Tensor) -> Any:
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
@@ -168,9 +179,10 @@ class Operator(Arithmetic, Savable, ABC, Described):
             needed = f"its first axis needs {self.domain.dim} entries" + ("" if plain else f": {self.domain.layout}")
             todo = "" if plain else "Pass one tensor per array, or `A.domain.flatten(tree)`."
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed, todo)
-        kept = keeps_graph(self)
-        with keeping(kept):
-            return self._applied(other.unsqueeze(0), kept)[0] if other.ndim == 1 else self._applied(other.T, kept).T
+        if not keeps_graph(self):
+            return self._of_vector(other) if other.ndim == 1 else self._applied(other.T, False).T
+        with keeping(True):
+            return self._applied(other.unsqueeze(0), True)[0] if other.ndim == 1 else self._applied(other.T, True).T
 
     @eager
     def apply(self, rows: Tensor) -> Tensor:
@@ -183,6 +195,15 @@ class Operator(Arithmetic, Savable, ABC, Described):
         kept = keeps_graph(self)
         with keeping(kept):
             return self._applied(rows, kept)
+
+    def _of_vector(self, vector: Tensor) -> Tensor:
+        space = self.domain
+        if vector.dtype != space.dtype or vector.device != space.device:
+            space.check_rows("v", vector.unsqueeze(0))
+        tick()
+        if self.check_finite and not is_finite(vector):
+            check_vector(self.name, "v", [vector])
+        return check_result(self, self._apply_vector(vector), "a product")
 
     def _applied(self, rows: Tensor, kept: bool) -> Tensor:
         self.domain.check_rows("v", rows)

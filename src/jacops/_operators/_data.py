@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._runtime.memory import Meter
 from .._runtime.ranks import ALONE, Ranks
 from .._runtime.restoring import restoring

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._ladder.failures import RouteFailedError, RouteUndecidedError
 from .._ladder.plan import Cost, Memory
 from .._ladder.route import answer, candidates, refused

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._runtime.chunks import ENTRIES
 from .._saving import Savable
 from .._space import Space

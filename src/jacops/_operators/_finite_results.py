@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, wraps
@@ -121,12 +122,12 @@ def _sources(operator: Operator) -> Iterator[Source]:
         yield from _sources(part)
 
 
-def parts_of(operator: Operator) -> Iterator[Operator]:
-    """Yield the operators that one is made of."""
-    for value in vars(operator).values():
-        for part in value if isinstance(value, tuple) else (value,):
-            if _acts(type(part)):
-                yield part
+def parts_of(operator: Operator) -> list[Operator]:
+    """Return the operators that one is made of."""
+    if not operator.has_parts:
+        return []
+    values = vars(operator).values()
+    return [part for value in values for part in (value if isinstance(value, tuple) else (value,)) if _acts(type(part))]
 
 
 @lru_cache(maxsize=256)  # called for every attribute in every product, with few types
@@ -143,7 +144,7 @@ def ranks_in(operator: Operator) -> Ranks:
 
 def leaves_of(operator: Operator) -> dict[int, Operator]:
     """Return the operators that one is made of in the end, itself where there are none, by identity."""
-    parts = list(parts_of(operator))
+    parts = parts_of(operator)
     found = {} if parts else {id(operator): operator}
     for part in parts:
         found |= leaves_of(part)
@@ -156,8 +157,8 @@ def _check_losses(operator: Any) -> None:
     Raises:
         NonFiniteError: It is.
     """
-    value = getattr(operator, "value", None)
-    if isinstance(value, Tensor) and value.ndim == 0 and not is_finite(value):
+    value = vars(operator).get("value")
+    if isinstance(value, Tensor) and value.ndim == 0 and not math.isfinite(value.item()):
         raise NonFiniteError(f"{_name(operator)}: the loss is {value.item()}{_origin_in_words(operator)}")
     for part in parts_of(operator):
         if part.source is None:

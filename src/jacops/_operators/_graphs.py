@@ -16,7 +16,7 @@ Made = TypeVar("Made")
 
 def keeps_graph(operator: Any) -> bool:
     """Return whether products keep their graph: an operator was made with `create_graph=True`, or a part of it was."""
-    return operator.create_graph or any(keeps_graph(part) for part in parts_of(operator))
+    return operator.create_graph or (operator.has_parts and any(map(keeps_graph, parts_of(operator))))
 
 
 def has_graph(operator: Any) -> bool:

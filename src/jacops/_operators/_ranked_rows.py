@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import final
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._runtime.contexts import private_noise
 from .._space import Space
 from .._torch.protocol import Vectors, matrix_shape

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
+from .._cached import cached_property
 from .._ladder.protocol import Linearized
 from .._space import Space
 from .._torch.protocol import ByLayers, Linearization, check_kept
@@ -40,6 +40,8 @@ class LinearizedMap(Operator):
     formed: ByLayers | None = None
     by_parameters: bool = False
     create_graph: bool = False
+
+    has_parts: ClassVar[bool] = False
 
     @property
     def by_samples(self) -> Linearization | None:
@@ -73,13 +75,25 @@ class LinearizedMap(Operator):
         found = self.codomain.join(self.lin.push_rows(self.domain.split(rows), self.create_graph))
         return found if self.create_graph else found.detach()
 
+    def _apply_vector(self, vector: Tensor) -> Tensor:
+        if self.symmetric and not self.create_graph and isinstance(self.lin, Linearization):
+            return self._pulled(vector)
+        return super()._apply_vector(vector)
+
+    def _pulled(self, vector: Tensor) -> Tensor:
+        """Return the transpose's product with one vector, by one backward pass."""
+        lin: Any = self.lin
+        check_kept(lin.weights, lin.call)
+        found = lin.pull_vector(vector)
+        return found.detach() if found.requires_grad else found
+
     def _apply_transpose(self, rows: Tensor) -> Tensor:
+        if rows.shape[0] == 1 and not self.create_graph and isinstance(self.lin, Linearization):
+            return self._pulled(rows[0]).unsqueeze(0)
         check_kept(self.lin.weights, self.lin.call)
         space = self.domain
         if self.create_graph:
             return space.join(self.lin.pull_rows(self.codomain.split(rows), True))
-        if rows.shape[0] == 1 and isinstance(self.lin, Linearization):
-            return self.lin.pull_row(rows).detach()
         if rows.shape[0] == 1 or any(dtype != space.dtype for dtype in space.dtypes):  # one row is joined at once
             return space.join(self.lin.pull_rows(self.codomain.split(rows))).detach()
         flat = torch.empty(rows.shape[0], space.dim, dtype=space.dtype, device=space.device)

@@ -245,12 +245,17 @@ def recording(matters: Matters = lambda tensor: True, call: str = "", pulled: bo
 
 def sweeping(like: Tensor) -> Guards:
     """Run backward passes in the dtypes they were recorded in, also inside the caller's autocast."""
-    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast_on([like]):
-        return _UNCHANGED  # the state is right as it is: to save it and set it again takes as long as a small pass
+    if is_sweeping(like):
+        return _UNCHANGED  # to save the state and set it again takes as long as a small pass
     return Guards(_Gradients(True), _no_autocast(like.device.type))
 
 
 _UNCHANGED = Guards()
+
+
+def is_sweeping(like: Tensor) -> bool:
+    """Return whether the state is right for backward passes as it is."""
+    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast_on([like])
 
 
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:

@@ -32,6 +32,7 @@ def swept(
     seeds: Sequence[Tensor],
     create_graph: bool = False,
     batched: bool = False,
+    fit: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """Return what `torch.autograd.grad` gives, with the graph kept and None where no path leads to a target.
 
@@ -41,9 +42,10 @@ def swept(
         seeds: A cotangent per output.
         create_graph: The result can be differentiated.
         batched: First axes of the cotangents count them.
+        fit: The cotangents are made for these outputs, so that they are not compared with them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    fitting = not has_torch_function(outputs + targets + seeds) and _alike(outputs, seeds, batched)
+    fitting = not has_torch_function(outputs + targets + seeds) and (fit or _alike(outputs, seeds, batched))
     if _engine is None or not fitting or (batched and not _batches):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)

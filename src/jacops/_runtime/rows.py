@@ -50,6 +50,13 @@ def is_doubtful(quick: Tensor) -> Tensor:
     return ~((quick > SQUARES) & (quick < 1 / SQUARES))
 
 
+def cut_length(tensors: Sequence[Tensor]) -> int:
+    """Return the length of a vector that torch cuts into cotangents of all these tensors; 0 where it cannot."""
+    dtype = tensors[0].dtype if tensors else None
+    sizes = [t.numel() if type(t) is Tensor and t.dtype is dtype and t.requires_grad else 0 for t in tensors]
+    return 0 if 0 in sizes else sum(sizes)
+
+
 def stacked(grads: Sequence[Tensor | None]) -> Tensor | None:
     """Return gradients of several passes as rows, zeros where a pass gave none; those of one pass are not copied."""
     like = next((g for g in grads if g is not None), None)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from .collected import nowhere
 from .factors import LayerRows
 from .part import RowFactors, Rows

@@ -9,11 +9,11 @@ cotangent the rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from ..._runtime.rows import plain
 from ..sweeps.batched import at_once, passed
 from ..sweeps.linearization import Linearization

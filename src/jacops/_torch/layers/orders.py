@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ def _placed(
     rest, placed = iter(orders), dict[int, list[ParameterUse]]()
     for leaf, uses in found.items():
         pairs = [(use, next(rest)) for use in uses]
-        own = [replace(use, samples=samples, order=order) for use, order in pairs if order is not None]
+        own = [use.ordered(samples, order) for use, order in pairs if order is not None]
         if len(own) == len(uses):
             placed[leaf] = own
     return placed

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..._cached import cached_property
 from .rules import RowLayout, by_sample
 from .uses import ParameterUse
 

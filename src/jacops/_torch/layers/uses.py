@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ..._cached import cached_property
 from ..._ladder.failures import Attempted, RouteFailedError
 from ..._runtime.contexts import sweeping
 from ..._runtime.engine import swept
@@ -68,6 +68,10 @@ class ParameterUse:
     sum: Any = None
     samples: int = 1
     order: Order = 1
+
+    def ordered(self, samples: int, order: Order) -> ParameterUse:
+        """Return the use with the order of its rows; nothing that depends on another one is kept."""
+        return ParameterUse(self.node, self.entry, self.shape, self._rule, self._tensor, self.sum, samples, order)
 
     @property
     def leaf(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from ..._runtime.chunks import ROWS
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring

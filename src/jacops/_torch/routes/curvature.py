@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from ..._ladder.names import Fact
 from ..._runtime.contexts import private_noise, sweeping
 from ..._runtime.memory import Meter

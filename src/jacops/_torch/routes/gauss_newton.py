@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from ..._finite import is_finite
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring

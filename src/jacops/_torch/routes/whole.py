@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._cached import cached_property
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteWrongError
 from ..._ladder.names import RouteName
 from ..._ladder.plan import Cost, Memory

@@ -76,21 +76,27 @@ def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
 
 def pattern(nodes: Sequence[Any], places: Places) -> bytes:
     """Return which entries of some saved tensors are neutral; integers and masks by value."""
+    if not modes_at_work():  # what is read has no graph, and the context takes longer
+        return _pattern(nodes, places)
+    with _unseen():
+        return _pattern(nodes, places)
+
+
+def _pattern(nodes: Sequence[Any], places: Places) -> bytes:
     found: list[bytes] = []
     away: list[Tensor] = []  # fetched together: each transfer waits for the device
-    with _unseen() if modes_at_work() else nullcontext():  # what is read has no graph, and the context takes longer
-        for place, name in places:
-            tensor = _read(nodes[place], name)
-            if tensor is None or not tensor.numel():
-                continue
-            if tensor.dtype in _OF_NUMPY and tensor.device.type == "cpu" and type(tensor) is Tensor:
-                array: Any = tensor.resolve_neg().numpy()  # small as these are, torch takes ten times as long
-                found += [array.tobytes()] if array.dtype.kind != "f" else [part.tobytes() for part in _marks(array)]
-            else:
-                exact = not (tensor.is_floating_point() or tensor.is_complex())
-                away += [tensor] if exact else _marks(tensor)
-        flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in away]
-        return b"".join([*found, torch.cat(flat).cpu().numpy().tobytes() if flat else b""])
+    for place, name in places:
+        tensor = _read(nodes[place], name)
+        if tensor is None or not tensor.numel():
+            continue
+        if tensor.dtype in _OF_NUMPY and tensor.device.type == "cpu" and type(tensor) is Tensor:
+            array: Any = tensor.resolve_neg().numpy()  # small as these are, torch takes ten times as long
+            found += [array.tobytes()] if array.dtype.kind != "f" else [part.tobytes() for part in _marks(array)]
+        else:
+            exact = not (tensor.is_floating_point() or tensor.is_complex())
+            away += [tensor] if exact else _marks(tensor)
+    flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in away]
+    return b"".join([*found, torch.cat(flat).cpu().numpy().tobytes()] if flat else found)
 
 
 _OF_NUMPY = frozenset({torch.float32, torch.float64, torch.bool, torch.int64, torch.int32, torch.uint8})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,16 +18,15 @@ from torch import Tensor
 from ..._finite import check_finite, is_finite
 from ..._ladder.names import Fact
 from ..._runtime.agreement import difference_tolerance, inner, size
-from ..._runtime.contexts import private_noise, sweeping
-from ..._runtime.restoring import restoring
+from ..._runtime.contexts import out_of_inference, private_noise
 from ..._runtime.rounding import rounding_error
+from ..._space import Space
 from ...errors import NotDifferentiableError
 from .graph import refuse_cut
 from .linearization import Linearization
 from .record import Recording
 
 
-@restoring
 def gradient_linearization(found: Recording, call: str) -> Linearization:
     """Return the linearization of a loss's gradient, ready to be differentiated again.
 
@@ -34,16 +34,16 @@ def gradient_linearization(found: Recording, call: str) -> Linearization:
         NotDifferentiableError: A `once_differentiable` Function cut the graph, or the Hessian is not symmetric.
     """
     lin = found.lin
-    # A seed that requires grad makes once_differentiable backwards leave a mark instead of dropping their part.
-    with sweeping(lin.outputs[0]):
-        seed = torch.ones_like(lin.outputs[0]).requires_grad_()
-        grads = lin.pull([seed], create_graph=True)
+    grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
     full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
-    names = [f"d loss / d {name}" for name in lin.domain.names]
-    gradient = lin.to(full, names, call)
+    gradient = lin.to(full, partial(_names_of_slopes, lin.domain), call)
     gradient.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
     _check_twice(lin, gradient, call)
     return gradient
+
+
+def _names_of_slopes(space: Space) -> list[str]:
+    return [f"d loss / d {name}" for name in space.names]
 
 
 def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None:
@@ -53,7 +53,8 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
         NotDifferentiableError: A backward is marked once_differentiable, or the Hessian is not symmetric.
         NonFiniteError: The loss is finite and a product with its Hessian is not.
     """
-    refuse_cut(call, lin.graph_info.functions, gradient.outputs)
+    if lin.graph_info.functions:
+        refuse_cut(call, lin.graph_info.functions, gradient.outputs)
     if not gradient.proofs.needs(Fact.SYMMETRIC) or not is_finite(lin.outputs[0]):
         return  # a loss that is not finite proves nothing; the operator made of it names the row, if it checks
     u, v = ([private_noise(leaf, first + i) for i, leaf in enumerate(gradient.leaves)] for first in (0, 1000))

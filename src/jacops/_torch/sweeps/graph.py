@@ -116,36 +116,34 @@ def refuse_cut(call: str, functions: Sequence[str], results: Sequence[Tensor | N
 
 def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     """Walk the graph behind `tensors` once."""
-    numbers: dict[Any, int] = {}
-    wiring: list[Any] = []
-    stack, functions, leaves, refuses = [], {}, set(), False
-    for tensor in tensors:
-        root = tensor.grad_fn
-        wiring.append(tensor.output_nr)
-        if root is None:
-            leaves |= {id(tensor)} if tensor.requires_grad else set()
-        elif root not in numbers:
-            numbers[root] = len(numbers)
-            stack.append(root)
-    add, place_of, kinds = wiring.append, numbers.get, _kinds.get
+    pairs = [(tensor, tensor.grad_fn) for tensor in tensors]
+    wiring: list[Any] = [tensor.output_nr for tensor, _ in pairs]
+    leaves = {id(tensor) for tensor, root in pairs if root is None and tensor.requires_grad}
+    stack: list[Any] = list(dict.fromkeys([root for _, root in pairs if root is not None]))
+    numbers: dict[Any, int] = {root: i for i, root in enumerate(stack)}
+    functions, refuses = {}, False
     while stack:
         node = stack.pop()
         type_ = type(node)
-        kind = kinds(type_) or _kind(node)
-        add(type_)
+        kind = _kinds[type_] if type_ in _kinds else _kind(node)
+        edges: list[Any] = [type_]
         for parent, number in node.next_functions:
-            place = None if parent is None else place_of(parent)
-            if place is None and parent is not None:
+            if parent is None:
+                place = None
+            elif parent in numbers:
+                place = numbers[parent]
+            else:
                 place = numbers[parent] = len(numbers)
                 stack.append(parent)
-            add((place, number) if number else place)
+            edges += ((place, number) if number else place,)
+        wiring += edges
         if kind.scalars is not None:
-            add(_frozen(kind.scalars(node)))
+            wiring.append(_frozen(kind.scalars(node)))
         if kind.leaf:
             leaves.add(id(node.variable))
         elif kind.custom:
             functions[kind.name] = None
-            add(_context(node))
+            wiring.append(_context(node))
         elif kind.refuses:
             refuses = True
     named = tuple(name.removesuffix("Backward") for name in functions)
@@ -153,9 +151,14 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
 
 
 def _frozen(value: Any) -> Any:
-    if isinstance(value, _PLAIN):
+    if type(value) in _PLAIN or isinstance(value, _PLAIN):
         return value
-    return tuple([_frozen(item) for item in value]) if isinstance(value, tuple | list) else str(value)
+    if not isinstance(value, tuple | list):
+        return str(value)
+    for item in value:
+        if type(item) not in _PLAIN:
+            return tuple([_frozen(item) for item in value])
+    return tuple(value)
 
 
 def _context(node: Any) -> Any:
@@ -177,7 +180,9 @@ def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]
             seen.add(node)
             stack.append((node, True))
             if node not in ends:
-                stack.extend((parent, False) for parent, _ in node.next_functions if parent is not None)
+                stack += [
+                    (parent, False) for parent, _ in node.next_functions if parent is not None and parent not in seen
+                ]
     return order
 
 

@@ -8,22 +8,23 @@ many cotangents in one batched pass, compared with one plain pass over a random 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ..._cached import cached_property
 from ..._ladder.names import Question
 from ..._ladder.route import answer
 from ..._progress import track
 from ..._runtime.agreement import tolerance
 from ..._runtime.chunks import MOST_COLUMNS, to_a_pass
-from ..._runtime.contexts import autocast_on, must_surface, sweeping
+from ..._runtime.contexts import autocast_on, is_sweeping, must_surface, sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, basis, contracted, dense, plain, stacked, zero_rows
+from ..._runtime.rows import Rows, basis, contracted, cut_length, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
 from ..._space import Space
 from ...errors import JacopsError
@@ -38,6 +39,9 @@ from .pushes import BY_DOUBLE_BACKWARD, COLUMNS, NEVER_BY_ROWS, PUSHES
 from .reentrant import backward
 from .weights import Weights, not_swept
 
+Names = Sequence[str] | str | Callable[[], Sequence[str]]
+Gradients = Sequence[Tensor | None]
+
 
 class Linearization:
     """One recorded point and the sweeps over it.
@@ -46,15 +50,13 @@ class Linearization:
         leaves: What is differentiated by, one tensor each.
         outputs: What is differentiated.
         leaf_names: How messages call the leaves: a name for each, or one that they are numbered under.
-        output_names: The same of the outputs.
+        output_names: The same of the outputs, or a function that returns names once they are needed.
         call: The public call on whose behalf this is done.
         private: Nobody but this linearization holds the leaves, so `.backward` may write into them.
         fallback: `"warn"`, `"silent"` or `"error"` when a fast route is left.
         domain: The leaves' space, where it is known.
 
     Attributes:
-        proofs: What earlier calls proved about this graph.
-        tolerance: To which routes have to agree; under autocast values are coarser than their dtypes say.
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         protected: Tensors whose `.grad` a backward pass must leave as it is.
         plain: The graph is known to hold no custom Functions, without a walk over it.
@@ -65,8 +67,8 @@ class Linearization:
         leaves: Sequence[Tensor],
         outputs: Sequence[Tensor],
         *,
-        leaf_names: Sequence[str] | str,
-        output_names: Sequence[str] | str,
+        leaf_names: Names,
+        output_names: Names,
         call: str,
         private: bool = False,
         fallback: str = "warn",
@@ -75,10 +77,10 @@ class Linearization:
         self.leaves, self.outputs = list(leaves), list(outputs)
         device = self.outputs[0].device if self.outputs else None
         self.domain = domain or Space.of(self.leaves, _names(leaf_names, self.leaves), device)
-        self.codomain = Space.of(self.outputs, _names(output_names, self.outputs), device)
-        self.call, self.private, self.fallback, self.proofs = call, private, fallback, Proofs()
-        coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
-        self.tolerance = tolerance([*self.domain.dtypes, *self.codomain.dtypes, *coarse])
+        self.call, self.private, self.fallback = call, private, fallback
+        self._output_names, self._codomain = output_names, None
+        self._whole: int | None = None
+        self._coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
         self.aliased_leaves: tuple[tuple[int, Tensor], ...] = ()
         self.routes: dict[str, str] = {}
         self.store: ProofStore | None = None
@@ -88,6 +90,23 @@ class Linearization:
         self._double_backward: DoubleBackward | None = None
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
+
+    @property
+    def codomain(self) -> Space:
+        """The outputs' space, made when it is first read: no sweep over tensors needs it."""
+        if self._codomain is None:
+            self._codomain = Space.of(self.outputs, _names(self._output_names, self.outputs), self.domain.device)
+        return self._codomain
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """What earlier calls proved about this graph; nothing where none were looked up."""
+        return Proofs()
+
+    @cached_property
+    def tolerance(self) -> float:
+        """To which routes have to agree; under autocast values are coarser than their dtypes say."""
+        return tolerance([*self.domain.dtypes, *[o.dtype for o in self.outputs], *self._coarse])
 
     @property
     def graph_info(self) -> GraphInfo:
@@ -109,30 +128,32 @@ class Linearization:
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
         self.proofs = proofs
-        if proofs.effects is not None and proofs.effects.coarse is not None:
-            self.tolerance = max(self.tolerance, tolerance([proofs.effects.coarse]))
-        return proofs.effects
+        effects = proofs.effects
+        if effects is not None and effects.coarse is not None:
+            self._coarse.append(effects.coarse)
+            self.__dict__.pop("tolerance", None)
+        return effects
 
     def to(
         self,
         outputs: Sequence[Tensor],
-        names: Sequence[str],
+        names: Names,
         call: str = "",
         leaves: Sequence[int] | None = None,
         more: Mapping[str, Tensor] | None = None,
     ) -> Linearization:
         """Return a linearization of other outputs, computed from the same leaves: some of them, and `more` by name."""
-        some, more = range(len(self.leaves)) if leaves is None else leaves, more or {}
-        leaf_names = [*(self.domain.names[i] for i in some), *more]
-        kept = [*(self.leaves[i] for i in some), *more.values()]
-        domain = self.domain if leaves is None and not more and kept else None
-        other = Linearization(
-            kept, outputs, leaf_names=leaf_names, output_names=names, call=call or self.call, domain=domain
-        )
-        for name in ("private", "proofs", "fallback", "protected", "weights"):
-            setattr(other, name, getattr(self, name))
-        other.aliased_leaves = tuple((some.index(i), tensor) for i, tensor in self.aliased_leaves if i in some)
-        other.tolerance = max(other.tolerance, self.tolerance)
+        kept, leaf_names, domain, aliased = self.leaves, self.domain.names, self.domain, self.aliased_leaves
+        if leaves is not None or more or not kept:
+            some, more, domain = range(len(kept)) if leaves is None else leaves, more or {}, None
+            leaf_names = [*(leaf_names[i] for i in some), *more]
+            kept = [*(kept[i] for i in some), *more.values()]
+            aliased = tuple((some.index(i), tensor) for i, tensor in aliased if i in some)
+        options = {"call": call or self.call, "private": self.private, "fallback": self.fallback, "domain": domain}
+        other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, **options)
+        other.proofs, other.protected, other.weights = self.proofs, self.protected, self.weights
+        other.aliased_leaves = aliased
+        other._coarse += [*self._coarse, *self.domain.dtypes, *[o.dtype for o in self.outputs]]
         if len(outputs) == len(self.outputs) and all(a is b for a, b in zip(outputs, self.outputs, strict=True)):
             other._graph_info = self._graph_info
         return other
@@ -149,47 +170,57 @@ class Linearization:
 
     def is_connected(self) -> bool:
         """Return whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
-        targets = [*self.leaves, *(t for _, t in self.aliased_leaves)]
-        nodes = {t.grad_fn for t in targets if t.grad_fn is not None}
-        reached = any(id(t) in self.graph_info.leaves for t in targets) or not nodes.isdisjoint(self.graph_info.nodes)
-        return reached or self.graph_info.reentrant
+        known = self.graph_info
+        for target in (*self.leaves, *[t for _, t in self.aliased_leaves]):
+            if id(target) in known.leaves or (target.grad_fn is not None and target.grad_fn in known.nodes):
+                return True
+        return known.reentrant
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 
-    @restoring
     def pull(
         self, cotangents: Sequence[Tensor | None], create_graph: bool = False, batched: bool = False
     ) -> list[Tensor | None]:
         """Return one gradient per leaf by one backward pass; None where no path leads to the leaf."""
         live = [(o, c) for o, c in zip(self.outputs, cotangents, strict=True) if c is not None and o.requires_grad]
-        targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)] if self.aliased_leaves else self.leaves
-        if not live or not targets:
+        if not live or not self.leaves:
             return [None] * len(self.leaves)
-        outputs, seeds = [o for o, _ in live], [c for _, c in live]
+        return self._pulled([o for o, _ in live], [c for _, c in live], create_graph, batched)
+
+    def _pulled(
+        self, outputs: Rows, seeds: Rows, create_graph: bool = False, batched: bool = False, fit: bool = False
+    ) -> list[Tensor | None]:
+        """Return one gradient per leaf, from outputs that require grad; `fit` where the seeds are made for them."""
         cuts = self.graph_info.functions if create_graph else ()
         if cuts:  # with seeds that require grad, once_differentiable backwards leave a mark instead of dropping a part
             seeds = [c if c.requires_grad else c.detach().requires_grad_() for c in seeds]
         self.sweeps += 1
-        with sweeping(outputs[0]):
-            if not self.plain and self.graph_info.reentrant:
-                grads = backward(self, outputs, seeds, targets, create_graph, batched)
-            else:
-                grads = self._grad(outputs, targets, seeds, create_graph, batched)
-        refuse_cut(self.call, cuts, grads)
-        return self._merged([dense(g) for g in grads])
+        sweep = self._sweep if is_sweeping(outputs[0]) else self._sweep_elsewhere
+        grads = sweep(outputs, seeds, create_graph, batched, fit)
+        if cuts:
+            refuse_cut(self.call, cuts, grads)
+        grads = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
+        return self._merged(grads) if self.aliased_leaves else grads
 
-    def _grad(
-        self, outputs: Rows, targets: Rows, seeds: Rows, create_graph: bool, batched: bool
-    ) -> tuple[Tensor | None, ...]:
+    @restoring
+    def _sweep_elsewhere(self, outputs: Rows, *args: Any) -> Gradients:
+        """Sweep where the caller has switched gradients off, or autocast on."""
+        with sweeping(outputs[0]):
+            return self._sweep(outputs, *args)
+
+    def _sweep(self, outputs: Rows, seeds: Rows, create_graph: bool, batched: bool, fit: bool) -> Gradients:
+        targets = [*self.leaves, *(tensor for _, tensor in self.aliased_leaves)] if self.aliased_leaves else self.leaves
+        if not self.plain and self.graph_info.reentrant:
+            return backward(self, outputs, seeds, targets, create_graph, batched)
         try:
-            return swept(outputs, targets, seeds, create_graph, batched)
+            return swept(outputs, targets, seeds, create_graph, batched, fit)
         except RuntimeError as error:
             if batched or must_surface(error) or isinstance(error, JacopsError):
                 raise
             raise not_swept(self.call, error, self.graph_info.functions) from error
 
-    def _merged(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        merged = list(grads[: len(self.leaves)])
+    def _merged(self, grads: Gradients) -> list[Tensor | None]:
+        merged = [*grads[: len(self.leaves)]]
         for (index, _), extra in zip(self.aliased_leaves, grads[len(self.leaves) :], strict=True):
             own = merged[index]
             merged[index] = extra if own is None else own if extra is None else own + extra
@@ -197,13 +228,25 @@ class Linearization:
 
     def gradient(self, cotangents: Sequence[Tensor | None]) -> Rows:
         """Return one gradient per leaf by one backward pass, zeros where no path leads to the leaf."""
-        pulled = zip(self.pull(cotangents), self.leaves, strict=True)
-        return [torch.zeros_like(plain(leaf)) if g is None else plain(g) for g, leaf in pulled]
+        return self._filled(self.pull(cotangents))
 
-    def pull_row(self, row: Tensor) -> Tensor:
-        """Return `(1, dim)` from a flat cotangent `(1, dim)` by one backward pass, which is right by definition."""
-        self.routes.setdefault(Question.PULL, PULLS[-1].describe(None))
-        return self.domain.join_row(self.gradient(self.codomain.unflatten(row[0])))
+    def _filled(self, grads: Gradients) -> Rows:
+        return [torch.zeros_like(plain(p)) if g is None else plain(g) for g, p in zip(grads, self.leaves, strict=True)]
+
+    def pull_vector(self, vector: Tensor) -> Tensor:
+        """Return `(dim,)` from a flat cotangent `(dim,)` by one backward pass, which is right by definition."""
+        if Question.PULL not in self.routes:
+            self.routes[Question.PULL] = PULLS[-1].describe(None)
+        if self._whole is None:
+            self._whole = cut_length(self.outputs) if self.leaves else 0
+        if vector.shape[0] != self._whole or vector.dtype is not self.outputs[0].dtype:
+            return self.domain.join_row(self.gradient(self.codomain.unflatten(vector)))[0]
+        # Torch cuts a vector into pieces, and joins them, in two thirds of the time of a view for each.
+        grads = self._pulled(self.outputs, list(_unflatten_dense_tensors(vector, self.outputs)), fit=True)
+        for grad in grads:
+            if type(grad) is not Tensor or grad.dtype is not vector.dtype:
+                return self.domain.join_row(self._filled(grads))[0]
+        return _flatten_dense_tensors(grads)
 
     # ---- many cotangents -------------------------------------------------------------------------------------
 
@@ -352,5 +395,6 @@ class Linearization:
         return passed_bytes(self.graph_info.nodes)
 
 
-def _names(names: Sequence[str] | str, tensors: Sequence[Tensor]) -> Sequence[str]:
+def _names(names: Names, tensors: Sequence[Tensor]) -> Sequence[str]:
+    names = names() if callable(names) else names
     return [f"{names}[{i}]" for i in range(len(tensors))] if isinstance(names, str) else names

@@ -8,7 +8,6 @@ recorded for it first (Griewank and Walther, 2008, §3.1).
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -238,6 +237,9 @@ def _of(ask: SweepAsk, number: int) -> list[Tensor | None]:
 
 
 def _place(tensor: Tensor) -> Place:
+    node = tensor.grad_fn
+    if node is not None:
+        return node, tensor.output_nr
     edge = get_gradient_edge(tensor)
     return edge.node, edge.output_nr
 
@@ -246,17 +248,15 @@ def _planned(starts: set[Place], ends: list[Place]) -> list[_Step]:
     """Return the steps from `starts` to `ends`, each once, in order."""
     moving: set[Any] = set()
     made: list[tuple[Any, tuple[Place | None, ...]]] = []
-    for node in parents_first(node for node, _ in ends):
-        sources = tuple(edge if edge[0] in moving or edge in starts else None for edge in node.next_functions)
-        if any(source is not None for source in sources):
+    for node in parents_first([node for node, _ in ends]):
+        sources = tuple([edge if edge[0] in moving or edge in starts else None for edge in node.next_functions])
+        if sources.count(None) < len(sources):
             moving.add(node)
             made.append((node, sources))
-    uses = Counter(source for _, sources in made for source in set(sources) if source is not None)
-    uses.update(ends)
+    needed: set[Place | None] = {None, *ends}
     steps = []
-    for node, sources in made:
-        used = {source for source in sources if source is not None}
-        uses.subtract(used)
-        spent = tuple(source for source in used if not uses[source])
-        steps.append(_Step(node, rule_for(node), sources, spent))
-    return steps
+    for node, sources in reversed(made):  # from the end, the first step that takes a tangent is the last to need it
+        spent = {source for source in sources if source not in needed}
+        needed |= spent
+        steps.append(_Step(node, rule_for(node), sources, tuple(filter(None, spent))))
+    return steps[::-1]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
+
+from ...._cached import cached_property
 
 Kind = Literal["outer", "lookup", "vector"]
 Order = int | Tensor
