@@ -71,7 +71,7 @@ class ParameterUse:
 
     def ordered(self, samples: int, order: Order) -> ParameterUse:
         """Return the use with the order of its rows; nothing that depends on another one is kept."""
-        return ParameterUse(self.node, self.entry, self.shape, self._rule, self._tensor, self.sum, samples, order)
+        return ParameterUse(self.node, self.entry, self.shape, self.rule, self._tensor, self.sum, samples, order)
 
     @property
     def leaf(self) -> int:
