@@ -38,8 +38,9 @@ def rows_apart(x: Any, name: str, shared: Shared = None, of: Any = None) -> tupl
     """
     leaves, tree = flatten(x, name)
     settings = [] if tree.single else [i for i, leaf in enumerate(leaves) if is_setting(leaf)]
-    paths = [path for path, _ in paths_in(x if of is None else of)[0]]
-    return tree.holding(leaves, sorted({*settings, *shared_places(paths, shared)}))
+    if shared is not None:
+        settings += shared_places([path for path, _ in paths_in(x if of is None else of)[0]], shared)
+    return tree.holding(leaves, sorted(set(settings)))
 
 
 def shared_places(paths: Sequence[Sequence[Any]], shared: Shared) -> list[int]:
