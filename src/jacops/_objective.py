@@ -36,7 +36,7 @@ from ._runtime.counter import Draws
 from ._runtime.restoring import restoring
 from ._sample_inputs import SampleInputs
 from ._space import Space
-from ._torch.protocol import Weighted, bare, is_convex, parameter_names, resolved_loss, weights_of
+from ._torch.protocol import Weighted, bare, is_convex, parameter_names, resolved_loss, structure_of, weights_of
 from ._trees import Selector
 from ._words import FisherKind, Randomness, Reduction
 from .errors import InputError, InputTypeError, NotDifferentiableError
@@ -158,9 +158,9 @@ class Objective:
         """
         if self.foreign:
             return lambda call: None
-        module = bare(self.model)
-        weights = weights_of(module)
-        return lambda call: weights.check(module, call)
+        model = self.model
+        weights = weights_of(structure_of(model))
+        return lambda call: weights.check(structure_of(model), call)
 
     def denominators(self, y: Any, rows: int) -> Tensor:
         """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
@@ -205,7 +205,7 @@ class Objective:
         """Return the recorded output of a batch if it is kept and the model still is as it was recorded."""
         found = self._found[0] if self._x is x and self._found else None
         weights = None if found is None or self._once else found.lin.weights
-        if found is None or not (self._once or (weights and weights.changed_in(bare(self.model)) is None)):
+        if found is None or not (self._once or (weights and weights.changed_in(structure_of(self.model)) is None)):
             return None
         return found if pulled or not found.lin.is_pulled_only else None
 

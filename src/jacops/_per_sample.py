@@ -50,6 +50,7 @@ from ._torch.protocol import (
     one_row,
     parameter_names,
     row_cotangents,
+    structure_of,
 )
 from ._trees import Selector, hint_at_labels
 from ._words import Randomness
@@ -294,7 +295,7 @@ def _factors(
     create_graph: bool,
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
-    check_state(bare(model))
+    check_state(structure_of(model))
     n = what.values[0].shape[0]
     if n == 0:
         return _no_rows(model, what, options)

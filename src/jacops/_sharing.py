@@ -15,7 +15,7 @@ from ._finite import InBatch
 from ._requirements import check_range
 from ._runtime.ranks import Ranks, ranks_here
 from ._shuffling import sharing_sampler
-from ._torch.protocol import bare, weights_of
+from ._torch.protocol import structure_of, weights_of
 from .errors import DataError, InputTypeError
 
 PLACES = "labels are drawn by the samples' places in the data set"
@@ -178,9 +178,8 @@ def _model_digest(problem: Any) -> str:
     """Return a digest of a model's tensors, the same one while they stay as they are."""
     if problem.objective.foreign:
         return problem.objective.fingerprint()
-    module = bare(problem.objective.model)
-    weights = weights_of(module)
+    structure = structure_of(problem.objective.model)
+    weights = weights_of(structure)
     if problem.digested is None or problem.digested[0] is not weights:
-        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        problem.digested = weights, digest_tensors(tensors)
+        problem.digested = weights, digest_tensors({**structure.parameters, **structure.buffers})
     return problem.digested[1]

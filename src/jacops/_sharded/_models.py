@@ -13,7 +13,7 @@ from .._finite import check_outputs, check_vector, require_finite
 from .._recorded_loss import loss_of_output, recordable
 from .._runtime.contexts import random_state_kept, recording, sweeping
 from .._runtime.restoring import restoring
-from .._torch.protocol import ShardedModel, forward_explained, parts_of, private_inputs, refuse_arrays, split_input
+from .._torch.protocol import ForwardExplained, ShardedModel, input_leaves, parts_of, private_inputs, split_input
 from .._trees import Tree, flatten, output_leaves
 from ..errors import ModelStateError
 from ._common import Grads, agree, are_summed, check_common, ranks_of, refuse_options_of, results_of, sketch, words_of
@@ -49,7 +49,7 @@ class _Joint:
             InputError: The ranks differ in what they must have in common, or some have the same data and others not.
         """
         with self.ranks.stage() as stage:
-            refuse_arrays(data["x"])
+            input_leaves(data["x"])
             parts, whole = ([], {}) if v is None else parts_of(self.shards, v, "v")
             check_vector(self.call, "v", parts)
             replicated = {n: s.parameter for n, s in self.model.shards.items() if not s.is_dtensor}
@@ -75,7 +75,7 @@ class _Joint:
         with self.ranks.stage() as stage:
             args, kwargs = split_input(private_inputs(values, tree, fixed=True)[0])
             tensors = [value for value in values if isinstance(value, Tensor)]
-            with recording(), random_state_kept(), forward_explained(self.model.module, tensors), explained():
+            with recording(), random_state_kept(), ForwardExplained(self.model.module, tensors), explained():
                 output = self.model.run(args, kwargs, summed, stage.turn)
                 leaves, shape = output_leaves(output, aside=True)
                 found = finish(leaves, shape, output)

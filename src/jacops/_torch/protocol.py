@@ -16,11 +16,11 @@ from .layers.ranked import Vectors, times_vectors
 from .model.cut import At
 from .model.freeze import Freeze, FrozenModules
 from .model.inputs import (
+    ForwardExplained,
     check_fallback,
     check_params,
-    forward_explained,
+    input_leaves,
     private_inputs,
-    refuse_arrays,
     split_input,
 )
 from .model.likelihoods import (
@@ -38,10 +38,11 @@ from .model.loss_facts import counted_labels, is_convex
 from .model.losses import call_loss, one_row
 from .model.output_curvature import Directions, Elementwise, FullBlocks, Given, ProbedHessian, Softmax
 from .model.own_loss import ModelLoss, resolved_loss
-from .model.replica import bare, check_state, is_sharded, parameter_names, replicate
+from .model.replica import replicate
 from .model.row_losses import RowLosses, Weighted
 from .model.rows import AxisExplained, Shared, rows_apart, shared_places
 from .model.sharded import OWN_FUNCTIONS, Shard, ShardedModel, parts_of, shards_of
+from .model.structure import bare, check_state, is_sharded, parameter_names, structure_of
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured

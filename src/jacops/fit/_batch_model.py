@@ -17,12 +17,12 @@ from .._runtime.restoring import restoring
 from .._torch.protocol import (
     ModelRun,
     Shared,
-    bare,
     check_state,
+    input_leaves,
     problem_jacobians,
-    refuse_arrays,
     rows_apart,
     split_input,
+    structure_of,
 )
 from .._trees import Tree, output_leaves
 from ..errors import InputError, InputTypeError, warn
@@ -197,7 +197,7 @@ def problems_of(
     check_flag("vectorized", vectorized)
     stacked = _stacked(model, params)
     values = {name: stacked._parameters[name].detach() for name in stacked.names}  # pyright: ignore[reportOptionalMemberAccess]
-    refuse_arrays(value)
+    input_leaves(value)
     leaves, tree = rows_apart(value, "input", shared) if value is not None else ([], None)
     many = _many(params, {f"params{_label(params, n)}": v for n, v in values.items()}, leaves, tree)
     function = ProblemFunction(stacked.function, stacked.names, stacked.keyword, tree, vectorized, call)
@@ -227,8 +227,9 @@ def _stacked(model: Any, params: Any) -> FunctionModule:
     if not isinstance(params, Mapping):
         came, todo = f"a {type(params).__name__}", "`torch.func.stack_module_state([...])[0]` makes it of many modules."
         raise InputTypeError.of("params", came, "a module needs a dict of stacked parameters by name", todo)
-    module = bare(model)
-    check_state(module)
+    structure = structure_of(model)
+    check_state(structure)
+    module = structure.model
     known = dict(module.named_parameters(remove_duplicate=False))
     for name in params:
         if name not in known:

@@ -15,7 +15,7 @@ from .._progress import shows_progress
 from .._requirements import check_choice, check_flag
 from .._runtime.contexts import arithmetic
 from .._runtime.restoring import restoring
-from .._torch.protocol import refuse_arrays
+from .._torch.protocol import input_leaves
 from .._words import Corrector, OnFailure, StepSolverName, StrategyName
 from ..errors import InputError, SolveError
 from ._familiar import FAMILIAR
@@ -289,7 +289,7 @@ def _fit(model: Any, call: str, strategy: Strategy | None, options: dict[str, An
         needed = "a module has its own parameters"
         raise InputError.of("params", "given", needed, "Freeze those that are to stay as they are.")
     else:
-        refuse_arrays(options["input"])
+        input_leaves(options["input"])
     kind = type(params) if isinstance(module, FunctionModule) else None
     limited_by = "" if strategy is None else "radius" if isinstance(strategy, TrustRegion) else "damping"
     observer = Observer(options["callback"], options["verbose"], kind, limited_by)

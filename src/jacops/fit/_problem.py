@@ -23,12 +23,12 @@ from .._torch.protocol import (
     Linearization,
     ModelRun,
     Recording,
-    bare,
     check_state,
     jacobian_blocks,
     parameter_names,
     replicate,
     split_input,
+    structure_of,
 )
 from .._trees import flatten, output_leaves
 from .._words import JacobianForm
@@ -106,9 +106,9 @@ class FitProblem:
     """
 
     def __init__(self, model: nn.Module, value: Any, call: str, given: dict[str, Any]) -> None:
-        module = bare(model)
-        check_state(module)
-        self.original = {n: p for n, p in parameter_names(module).items() if p.requires_grad}
+        structure = structure_of(model)
+        check_state(structure)
+        self.original = {n: p for n, p in structure.differentiable.items() if p.requires_grad}
         if not self.original:
             todo = "Call `.requires_grad_()` on what is to be solved for."
             raise ModelStateError.of("model", "without parameters that require grad", "some must move", todo)
@@ -118,8 +118,9 @@ class FitProblem:
         self.scaling = scaling_of(given.get("x_scale", "jac"), self.layout)
         self.bounds = bounds_of(given.get("bounds"), self.layout, self.original)
         self.call, self.value, self.given = call, value, given
+        module = structure.model
         self.owner = module.function if isinstance(module, FunctionModule) else module
-        self.work = replicate(module, wrt=lambda name, p: name in self.original, cloned=True).module
+        self.work = replicate(module, wrt=self.original, cloned=True).module
         self.held = parameter_names(self.work)
         self._wanted = self.values()
         self.evaluations = self.linearisations = 0

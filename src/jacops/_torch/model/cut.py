@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -64,9 +64,13 @@ class Cut:
             near = get_close_matches(path, known, 3) or known[:5]
             raise InputError.of("at", repr(path), f"the model has no such submodule; near it: {near}") from None
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self) -> AbstractContextManager[None]:
         """Cut the forward while inside; the module is a replica, so hooks on it affect no one else."""
+        whole = self.source is None and self.target is None and self.frozen is None
+        return nullcontext() if whole else self._cutting()
+
+    @contextmanager
+    def _cutting(self) -> Iterator[None]:
         handles = []
         if self.source is not None:
             handles.append(self.submodule(self.source).register_forward_hook(self._cut))

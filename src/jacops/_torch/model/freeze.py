@@ -25,7 +25,7 @@ from ...errors import InputError, InputTypeError, ModelStateError
 from .frozen_functions import applied, check_values, note_gates, unfrozen
 from .frozen_rules import KINDS
 from .function_call import FunctionCall, dependent, name_of, opened
-from .replica import bare
+from .structure import bare
 
 Freeze = None | str | Sequence[str] | Callable[[str, nn.Module], bool]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from ..._runtime.contexts import out_of_inference
 from ..._trees import Tree, flatten, is_differentiable, is_dtensor
 from ..._words import Fallback
 from ...errors import InputError, InputTypeError, JacopsError, ModelStateError
-from .replica import SHARDED_CALLS
+from .structure import SHARDED_CALLS
 
 
 def check_fallback(fallback: str) -> str:
@@ -113,17 +112,30 @@ def _copied(value: Any, connected: bool) -> Any:
     return value.clone() if value.layout is torch.strided else value
 
 
-@contextmanager
-def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Describe what does not fit when a forward fails because of a dtype, a device or a fixed shape.
+class ForwardExplained:
+    """A context that describes what does not fit when a forward fails because of a dtype, a device or a fixed shape.
+
+    Args:
+        module: What is run.
+        tensors: Its input.
 
     Raises:
         InputError: An input has another dtype or device than the weights; torch's own error is its cause.
         ModelStateError: An exported module was requested another batch size than it was exported with.
     """
-    try:
-        yield
-    except (RuntimeError, AssertionError) as error:
+
+    def __init__(self, module: Any, tensors: Sequence[Tensor]) -> None:
+        self._module, self._tensors = module, tensors
+
+    def __enter__(self) -> None:
+        """Nothing is changed."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError | AssertionError):
+            self._explain(error)
+
+    def _explain(self, error: Exception) -> None:
+        module = self._module
         if (
             isinstance(module, nn.Module)
             and _FIXED_SHAPE.match(str(error))
@@ -133,13 +145,11 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
             needed = "samples are taken in batches of other sizes, down to one"
             todo = "Export it with `dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)`, or pass the original module."
             raise ModelStateError.of("model", came, needed, todo) from error
-        if isinstance(error, AssertionError):
-            raise
         params = module.parameters() if isinstance(module, nn.Module) else iter(())
         weight = next((p for p in params if p.is_floating_point()), None)
-        if weight is None or isinstance(error, JacopsError):
-            raise
-        for tensor in tensors:
+        if weight is None or isinstance(error, JacopsError | AssertionError):
+            return
+        for tensor in self._tensors:
             if tensor.device != weight.device:
                 todo = f"Call `.to('{weight.device}')` on one of them."
                 needed = f"the model is on {weight.device}"
@@ -148,7 +158,6 @@ def forward_explained(module: Any, tensors: Sequence[Tensor]) -> Iterator[None]:
                 todo = "Cast one of them; nothing is cast silently."
                 needed = f"the model is of {weight.dtype}"
                 raise InputError.of("input", f"of {tensor.dtype}", needed, todo) from error
-        raise
 
 
 # The beginnings of torch.export's messages that refuse a shape: the guards of `ExportedProgram.module()`, and what it
@@ -175,12 +184,12 @@ def advice_for(value: Any) -> str:
     return "Convert it with torch.as_tensor(x)." if isinstance(value, list) else ""
 
 
-def refuse_arrays(value: Any) -> None:
-    """Refuse NumPy arrays and bare numbers where a model's input is expected.
+def input_leaves(value: Any) -> tuple[list[Any], Tree]:
+    """Return the leaves of a model's input and its structure.
 
     Raises:
         InputError: There is a DTensor.
-        InputTypeError: There is one; the message names it.
+        InputTypeError: There is a NumPy array or a bare number, or it is a loader; the message names it.
     """
     if isinstance(value, DataLoader | Dataset):
         raise InputTypeError.of("input", f"a {type(value).__name__}", "one batch is needed", advice_for(value))
@@ -192,3 +201,4 @@ def refuse_arrays(value: Any) -> None:
             came = "an array" if isinstance(leaf, np.ndarray) else "a number in a list"
             came = f"{came} ({type(leaf).__name__})"
             raise InputTypeError.of(name, came, "a tensor is needed", "Convert it with torch.as_tensor(array.copy()).")
+    return leaves, tree

@@ -21,7 +21,8 @@ from ..._runtime.restoring import restoring
 from ...errors import InputError, InputTypeError
 from .inputs import split_input
 from .losses import call_loss
-from .replica import bare, replicate
+from .replica import replicate
+from .structure import bare
 
 OWN = "model"  # what `loss=` is given for it
 _WRITE = "Write it as `loss(output, y)`, a function of the model's output and the labels."
@@ -88,7 +89,7 @@ class ModelLoss:
         try:
             with torch.no_grad(), random_state_kept():
                 found = float(call_loss(self, output, y))  # first: what does not fit is explained there
-                expected = _part(replicate(bare(model))(args, {**kwargs, "labels": y}), "loss")
+                expected = _part(replicate(model)(args, {**kwargs, "labels": y}), "loss")
         finally:
             if self._config is not None:
                 vars(self._config).update(noted)

@@ -9,9 +9,8 @@ shared in memory, buffers are cloned, anything else is shared as it is.
 from __future__ import annotations
 
 import copy
-import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 
 from ..._runtime.contexts import arithmetic, out_of_inference
 from ..._runtime.restoring import restoring
-from ..._trees import is_dtensor
-from ...errors import InputTypeError, ModelStateError
-from .walk import modules_of, named_parameters_of, tensors_of
+from ...errors import ModelStateError
+from .structure import ModelStructure, is_managed, is_wrapped, parameter_names, structure_of
 
 
 @dataclass(frozen=True)
@@ -47,173 +45,48 @@ class Replica:
         return self.module(*args, **kwargs)
 
 
-def bare(model: Any) -> nn.Module:
-    """Return the module behind wrappers that do not change what it computes.
-
-    Raises:
-        InputTypeError: `model` is not a module.
-        ModelStateError: Its parameters are sharded over processes.
-    """
-    module = unwrapped(model)
-    if is_sharded(module):
-        raise _sharded(module)
-    return module
-
-
-def unwrapped(model: Any) -> nn.Module:
-    """Return the module behind wrappers; its parameters may be sharded.
-
-    Raises:
-        InputTypeError: `model` is not a module.
-    """
-    if isinstance(model, type) and issubclass(model, nn.Module):
-        came = f"the class {model.__name__}"
-        raise InputTypeError.of("model", came, "a module is needed", f"Did you mean {model.__name__}()?")
-    if not isinstance(model, nn.Module):
-        todo = _FUNCTIONS if callable(model) else ""
-        raise InputTypeError.of("model", f"a {type(model).__name__}", "a torch.nn.Module is needed", todo)
-    kind = type(model).__name__
-    if kind in ("DataParallel", "DistributedDataParallel"):
-        return unwrapped(model.module)
-    if kind == "OptimizedModule":
-        return unwrapped(model._orig_mod)
-    return model
-
-
-def is_sharded(model: Any) -> bool:
-    """Return whether a model's parameters are spread over processes: by FSDP of either kind, or as DTensors."""
-    if not isinstance(model, nn.Module) or not any(name in sys.modules for name in _SPREADING):
-        return False  # nobody has made such a thing: nothing is walked through
-    modules = modules_of(model)
-    return any(map(is_wrapped, modules)) or any(is_dtensor(tensor) for tensor in tensors_of(modules))
-
-
-# Modules of torch without which nothing is sharded; `import torch` loads none of them.
-_SPREADING = frozenset({"torch.distributed.tensor", "torch.distributed.fsdp"})
-
-
-def is_wrapped(module: nn.Module) -> bool:
-    """Return whether FSDP, of either kind, manages the parameters of this module."""
-    return type(module).__name__ == "FullyShardedDataParallel" or _manages(type(module))
-
-
-def _manages(kind: type) -> bool:
-    return any(parent.__name__ == "FSDPModule" for parent in kind.__mro__)
-
-
-_FUNCTIONS = (
-    "Write `jacops.Function(f, params)` for a function `f(params, x)`; a plain `f(x)` is differentiated by its inputs, "
-    "with `wrt='inputs'` where a call has that."
-)
-
-
-class PlainFunction(nn.Module):
-    """A function `f(x)` as a model without parameters.
+@restoring
+def replicate(model: Any, wrt: Container[str] = (), cloned: bool = False) -> Replica:
+    """Return a replica of a model in its own mode, whatever the caller's gradient mode is.
 
     Args:
-        function: Any callable.
+        model: The caller's module, not changed.
+        wrt: The names of the parameters that are differentiated.
+        cloned: Copy the weights too, for forwards that write into them.
     """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what it returns."""
-        return self.function(*args, **kwargs)
+    with arithmetic(True):
+        return replica_of(structure_of(model), wrt, cloned=cloned)
 
 
-def by_inputs(model: Any) -> nn.Module:
-    """Return the module that is differentiated by its inputs: `bare`, or a plain function as one."""
-    plain = callable(model) and not isinstance(model, type | nn.Module)
-    return PlainFunction(model) if plain else bare(model)
-
-
-def _sharded(module: nn.Module) -> ModelStateError:
-    came = f"a {type(module).__name__}, whose parameters are sharded over processes (FSDP or DTensor)"
-    needed = "this call needs whole parameters"
-    todo = f"{SHARDED_CALLS} take sharded ones. Else load `full_state_dict`s into a module that is not sharded."
-    return ModelStateError.of("model", came, needed, todo)
-
-
-SHARDED_CALLS = "`jvp`, `vjp`, `model_jvp`, `model_vjp`, `hvp` and `ggnvp`"
-
-
-def check_state(model: nn.Module) -> None:
-    """Refuse parameters that have no values here.
-
-    Raises:
-        ModelStateError: A parameter or buffer is lazy or on the meta device.
-    """
-    if all(map(_has_values, tensors_of(modules_of(model)))):
-        return
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if torch.nn.parameter.is_lazy(tensor):
-            owner = _owner(model, name)
-            came = f"not initialised ({owner} is lazy)"
-            raise ModelStateError.of(name, came, "a parameter needs its values", "Run one forward pass first.")
-        if tensor.layout is not torch.strided:
-            todo = "Make it dense with `.to_dense()`, or keep a sparse matrix as a plain attribute, not registered."
-            raise ModelStateError.of(name, f"of layout {tensor.layout}", "parameters and buffers must be dense", todo)
-        if tensor.is_meta:
-            came = "on the meta device"
-            raise ModelStateError.of(name, came, "a derivative needs values", "Load or initialise the weights first.")
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor)
-
-
-def _owner(model: nn.Module, name: str) -> str:
-    path = name.rpartition(".")[0]
-    return f"module '{path}' ({type(model.get_submodule(path)).__name__})"
-
-
-def parameter_names(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that can be differentiated, tied ones once, by their first names."""
-    return {n: p for n, p in named_parameters_of(model).items() if has_derivatives(p)}
-
-
-def has_derivatives(parameter: Tensor) -> bool:
-    """Return whether a parameter can be differentiated."""
-    return parameter.is_floating_point() or parameter.is_complex()
-
-
-@restoring
-def replicate(
-    model: nn.Module,
+def replica_of(
+    structure: ModelStructure,
+    wrt: Container[str] = (),
     *,
-    wrt: Callable[[str, Tensor], bool] = lambda name, parameter: False,
     training: bool | None = None,
     connected: bool = False,
     cloned: bool = False,
     copies: Mapping[int, Tensor] | None = None,
 ) -> Replica:
-    """Return a replica of `model`.
+    """Return a replica of a model, where gradients are recorded and inference mode is off.
 
     Args:
-        model: The caller's module, not changed.
-        wrt: Which parameters are differentiated, by name and value.
+        structure: Of the caller's module, which is not changed.
+        wrt: The names of the parameters that are differentiated.
         training: Mode for every module; None keeps each one's own.
         connected: Keep the copies connected to the caller's parameters in the graph, instead of fresh leaves.
         cloned: Copy the weights too, for forwards that write into them.
         copies: Take these in place of the caller's parameters, by identity.
     """
-    model = bare(model)
-    if isinstance(model, torch.jit.ScriptModule):
-        return _scripted(model, wrt, training, connected)
-    originals: dict[str, Tensor] = {}
+    if isinstance(structure.model, torch.jit.ScriptModule):
+        return _scripted(structure, wrt, training, connected)
     memo: dict[int, Any] = {}
-    builder = _Builder(memo, training, connected)
-    with arithmetic(True):
-        for name, parameter in named_parameters_of(model).items():
-            known = has_derivatives(parameter)
-            if known:
-                originals[name] = parameter
-            values = (copies or {}).get(id(parameter), parameter)
-            memo[id(parameter)] = _copied(parameter, values, known and wrt(name, parameter), connected, cloned)
-        module = builder.build(model)
-    return Replica(module, {n: memo[id(p)] for n, p in originals.items()}, originals)
+    originals, copies = structure.differentiable, copies or {}
+    for here, (name, own) in zip(structure.places, structure.parameters.items(), strict=True):
+        values = copies.get(here, own)
+        memo[here] = _copied(own, values, name in wrt and name in originals, connected, cloned)
+    module = _Builder(memo, training, connected).whole(structure)
+    named = zip(structure.places, structure.parameters, strict=True)  # after it: a script module inside has its own
+    return Replica(module, {name: memo[here] for here, name in named if name in originals}, originals)
 
 
 @restoring
@@ -223,13 +96,14 @@ def skeleton(model: nn.Module, stand_ins: Mapping[int, Tensor]) -> tuple[nn.Modu
     FSDP's classes and hooks, which gather parameters, are left behind; the caller's own hooks are not.
     """
     memo: dict[int, Any] = dict(stand_ins)
+    structure = ModelStructure(model)
     with arithmetic(True):
-        twin = _Builder(memo, None, False).build(model)
-    twins: dict[int, nn.Module] = {id(module): memo[id(module)] for module in modules_of(model)}
+        twin = _Builder(memo, None, False).whole(structure)
+    twins: dict[int, nn.Module] = {here: memo[here] for here in structure.modules}
     for module in twins.values():
         if is_wrapped(module):
             module.__class__ = next(
-                kind for kind in type(module).__mro__[1:] if issubclass(kind, nn.Module) and not _manages(kind)
+                kind for kind in type(module).__mro__[1:] if issubclass(kind, nn.Module) and not is_managed(kind)
             )
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [n for n, hook in hooks.items() if getattr(hook, "__module__", "").startswith(_FSDP)]:
@@ -244,22 +118,22 @@ def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: 
     if connected and differentiated and (kept := out_of_inference(parameter)).requires_grad:
         return kept.clone() if cloned else kept.view_as(kept)
     values = out_of_inference(values)
-    private = values.detach().clone() if cloned else values.detach()
+    private = values.detach().clone() if cloned else values
     if type(parameter) in (nn.Parameter, Tensor):
-        return nn.Parameter(private, requires_grad=differentiated)
-    return private.requires_grad_(differentiated)
+        return nn.Parameter(private, differentiated)  # which detaches it
+    return private.detach().requires_grad_(differentiated)
 
 
 @restoring
-def _scripted(model: nn.Module, wrt: Callable[[str, Tensor], bool], training: bool | None, connected: bool) -> Replica:
+def _scripted(structure: ModelStructure, wrt: Container[str], training: bool | None, connected: bool) -> Replica:
     """TorchScript modules live outside Python: only their own deep copy copies them."""
-    _refuse_scripted(model, connected)
+    _refuse_scripted(structure.model, connected)
     with arithmetic(False):
-        module, originals = copy.deepcopy(model), parameter_names(model)
+        module = copy.deepcopy(structure.model)
     private = parameter_names(module)
     for name, parameter in private.items():
-        parameter.requires_grad_(wrt(name, originals[name]))
-    return Replica(_in_mode(module, training), private, originals)
+        parameter.requires_grad_(name in wrt)
+    return Replica(_in_mode(module, training), private, structure.differentiable)
 
 
 def _refuse_scripted(module: nn.Module, connected: bool) -> None:
@@ -279,6 +153,11 @@ def _in_mode(module: nn.Module, training: bool | None) -> nn.Module:
     return module if training is None or not hasattr(module, "training") else module.train(training)
 
 
+def _is_special(kind: type) -> bool:
+    """Return whether modules of a class are not copied as they are: what `torch.compile` or TorchScript makes."""
+    return kind.__name__ == "OptimizedModule" or issubclass(kind, torch.jit.ScriptModule)
+
+
 def _instance(kind: type[nn.Module]) -> nn.Module:
     """Return an instance of exactly this class: a `__new__` of its own may return another (torch.fx makes a class)."""
     try:
@@ -290,6 +169,7 @@ def _instance(kind: type[nn.Module]) -> nn.Module:
 _IMMUTABLE = frozenset({bool, int, float, str, type(None)})
 _EMPTIED = frozenset({dict, OrderedDict, set})
 _OWN = frozenset(nn.Module().__dict__)  # torch's own: hooks, mostly, of which a module holds a dozen empty ones
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _CONTAINERS = frozenset({list, tuple, set, dict, OrderedDict, defaultdict})
 
 
@@ -299,12 +179,23 @@ class _Builder:
     def __init__(self, memo: dict[int, Any], training: bool | None, connected: bool) -> None:
         self.memo, self.training, self.connected = memo, training, connected
 
+    def whole(self, structure: ModelStructure) -> nn.Module:
+        """Return the copy of a model, of whose modules all are made before they are filled with each other."""
+        special, made = set(filter(_is_special, set(structure.kinds))), []
+        for kind, (here, module) in zip(structure.kinds, structure.modules.items(), strict=True):
+            if kind not in special:
+                self.memo[here] = twin = _instance(kind)
+                made.append((module, twin))
+        for module, twin in made:
+            self._fill(twin, module)
+        return self.build(structure.model)
+
     def build(self, value: Any) -> Any:
         kind = type(value)
         if kind in _IMMUTABLE:
             return value
-        if id(value) in self.memo:
-            return self.memo[id(value)]
+        if (here := id(value)) in self.memo:
+            return self.memo[here]
         if kind in _CONTAINERS:
             return self._container(value)
         if isinstance(value, nn.Module):
@@ -318,12 +209,16 @@ class _Builder:
         return value
 
     def _module(self, module: nn.Module) -> nn.Module:
-        if type(module).__name__ == "OptimizedModule":
-            return self.build(module._orig_mod)
         if isinstance(module, torch.jit.ScriptModule):
             return self._scripted(module)
-        twin = _instance(module.__class__)
-        self.memo[id(module)] = twin
+        if _is_special(type(module)):
+            self.memo[id(module)] = twin = self.build(module._orig_mod)
+            return twin
+        self.memo[id(module)] = twin = _instance(type(module))
+        self._fill(twin, module)
+        return twin
+
+    def _fill(self, twin: nn.Module, module: nn.Module) -> None:
         state = twin.__dict__
         for key, value in module.__dict__.items():
             kind = type(value)
@@ -334,10 +229,9 @@ class _Builder:
             else:
                 state[key] = self.build(value)
         if self.training is not None:
-            twin.__dict__["training"] = self.training
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            twin.__dict__["sparse"] = False  # the same function; sparse gradients have no second derivative
-        return twin
+            state["training"] = self.training
+        if "sparse" in state and isinstance(module, _EMBEDDINGS):
+            state["sparse"] = False  # the same function; sparse gradients have no second derivative
 
     @restoring
     def _scripted(self, module: nn.Module) -> nn.Module:
@@ -358,16 +252,13 @@ class _Builder:
         return twin
 
     def _container(self, value: Any) -> Any:
-        kind = type(value)
-        if not value and kind is not defaultdict:  # copy.copy is slow
-            self.memo[id(value)] = twin = kind()
-            return twin
+        kind, memo = type(value), self.memo
         if kind is tuple or kind is set:
-            return kind(self.build(item) for item in value)
-        self.memo[id(value)] = twin = value.copy()
-        if isinstance(value, list):
+            return kind([self.build(item) for item in value])
+        memo[id(value)] = twin = value.copy()
+        if kind is list:
             twin[:] = [self.build(item) for item in value]
         else:
             for key, item in value.items():
-                twin[key] = self.build(item)
+                twin[key] = memo[here] if (here := id(item)) in memo else self.build(item)
         return twin

@@ -22,7 +22,8 @@ from ..._runtime.restoring import restoring
 from ..._space import Space
 from ..._trees import is_dtensor
 from ...errors import InputError, ModelStateError
-from .replica import check_state, is_wrapped, parameter_names, skeleton, unwrapped
+from .replica import skeleton
+from .structure import ModelStructure, check_state, is_wrapped, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,11 +184,12 @@ class ShardedModel:
     def __init__(self, model: Any, wrt: Callable[[str, Tensor], bool]) -> None:
         self.module = unwrapped(model)
         _check_wrappers(self.module)
-        check_state(self.module)
-        for name, buffer in self.module.named_buffers():
+        structure = ModelStructure(self.module)
+        check_state(structure)
+        for name, buffer in structure.buffers.items():
             if is_dtensor(buffer):
                 raise ModelStateError.of(name, "a buffer that is a DTensor", "buffers must be plain tensors")
-        named = parameter_names(self.module)
+        named = structure.differentiable
         self.mesh = _mesh_of(named)
         self.shards = {name: self._shard(name, p, wrt(name, p)) for name, p in named.items()}
 

@@ -14,7 +14,7 @@ from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, attempt
 from ..._ladder.names import Fact
 from ..._runtime.side_effects import SideEffects
-from ..model.replica import bare
+from ..model.structure import bare
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, with_reads
 from ..sweeps.proofs import ProofStore, store_for

@@ -29,8 +29,8 @@ from ...errors import InputError, InputTypeError, NotDifferentiableError
 from ..model.cut import At
 from ..model.freeze import Freeze, FrozenModules
 from ..model.inputs import advice_for, check_fallback
-from ..model.replica import bare, check_state
 from ..model.rows import AxisExplained, Shared, rows_apart
+from ..model.structure import ModelStructure, check_state, structure_of
 from ..model.targets import SampleTarget
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
@@ -61,19 +61,20 @@ class SampleChanges(TypedDict, total=False):
     batch_size: int
 
 
-def _checked(model: Any, at: At) -> Any:
-    """Return a module without wrappers, or a plain function as it is.
+def _checked(model: Any, at: At) -> tuple[Any, ModelStructure | None]:
+    """Return a module without wrappers and its structure, or a plain function as it is.
 
     Raises:
         InputTypeError: It is neither, or a function, which has nothing to cut `at`.
         ModelStateError: Parameters of the module have no values here.
     """
     if isinstance(model, type) or not callable(model) or isinstance(model, nn.Module):
-        model = bare(model)
-        check_state(model)
-    elif at is not None:
+        structure = structure_of(model)
+        check_state(structure)
+        return structure.model, structure
+    if at is not None:
         raise InputTypeError.of("at", repr(at), "a plain function has no submodules", "Pass a torch.nn.Module.")
-    return model
+    return model, None
 
 
 class Samples:
@@ -129,7 +130,7 @@ class Samples:
         freeze: Freeze | FrozenModules = None,
     ) -> None:
         self.batch_size = check_positive("batch_size", batch_size)
-        model = _checked(model, at)
+        model, structure = _checked(model, at)
         self.call, self.at, self.checks, self.fallback = call, at, checks, check_fallback(fallback)
         self.values, self.input_tree = rows_apart(x, "x", shared)
         self.compile = compile and checks in ("first", "never")
@@ -138,7 +139,7 @@ class Samples:
         frozen = freeze if isinstance(freeze, FrozenModules) else FrozenModules.of(freeze, model)
         asked = identity_key(outputs), picks is not None, held_key(self.input_tree), frozen and frozen.key
         more = {"target": picks, "asked": asked, "create_graph": create_graph, "frozen": frozen}
-        self.runner = Runner(model, self.input_tree, call, outputs, at, checks, fallback, **more)
+        self.runner = Runner(model, structure, self.input_tree, call, outputs, at, checks, fallback, **more)
         hint_at_labels(call, outputs, self.values, "pass `target=labels`")
         self.inputs = [i for i, v in enumerate(self.values) if is_differentiable(v)]
         if not self.inputs and (at is None or at[0] is None):

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..._ladder.route import answer
 from ..._runtime.contexts import norms_written_out
@@ -26,7 +26,7 @@ from ..sweeps.graph import inspect_graph, refuse_cut
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import Proofs
-from ..sweeps.record import parts_key, setting
+from ..sweeps.record import setting
 from .batch import Samples
 from .slopes import SLOPES, pays_to_push
 
@@ -168,8 +168,8 @@ def nested(
     model, inputs = of.runner.model, of.runner.inputs_in(of.values)
     equal = all(bool((v == v[:1]).all()) for v in inputs)  # such a batch proves nothing about another
     parts = ("nested", kind, *of.runner.asked, equal)
-    if isinstance(model, nn.Module):
-        key: Hashable = setting(parts_key(model), of.values, *parts)
+    if of.runner.structure is not None:
+        key: Hashable = setting(of.runner.structure, of.values, *parts)
     else:
         key = (*parts, tuple((v.shape, v.dtype, v.device) for v in of.values), torch.get_default_dtype())
 

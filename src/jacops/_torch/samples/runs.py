@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
@@ -21,14 +21,14 @@ from ..bias.follow import Follow
 from ..bias.homogeneous import FollowedRun
 from ..model.cut import At, Cut
 from ..model.freeze import FrozenModules
-from ..model.inputs import forward_explained, private_inputs, split_input
-from ..model.replica import Replica, replicate
+from ..model.inputs import ForwardExplained, private_inputs, split_input
+from ..model.replica import Replica, replica_of
+from ..model.structure import ModelStructure
 from ..model.targets import SampleTarget
-from ..model.walk import named_parameters_of
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import ProofStore, store_for
-from ..sweeps.record import parts_key, setting, watched
+from ..sweeps.record import setting, watched
 from .bottleneck import separates, widths_noted
 
 
@@ -82,12 +82,13 @@ class _Forward:
     followed: FollowedRun | None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Runner:
     """How a model is run over samples.
 
     Attributes:
         model: A module, or a plain callable.
+        structure: What the module consists of in this call; None for a plain callable.
         input_tree: The structure of its input.
         call: The public call on whose behalf this is done.
         outputs: Which part of the output.
@@ -104,6 +105,7 @@ class Runner:
     """
 
     model: Any
+    structure: ModelStructure | None
     input_tree: Tree
     call: str
     outputs: Selector
@@ -120,17 +122,12 @@ class Runner:
 
     def run(self, values: Sequence[Tensor], store: ProofStore | None = None) -> Run:
         """Record one forward; the first one of a graph is watched."""
-        done = watched(store or self.store(values), partial(self._watched, values), self._parameters())
+        guarded = () if self.structure is None else self.structure.parameters.values()
+        done = watched(store or self.store(values), partial(self._watched, values), guarded)
         proofs = done.lin.proofs
         proofs.widths = done.widths = done.widths or proofs.widths
         return done
 
-    @cached_property
-    def _parts(self) -> tuple[Any, ...]:
-        """The model's part of the key, read once for all batches of a call: graphs are compared in each."""
-        return parts_key(self.model)
-
-    @restoring
     def _watched(
         self, values: Sequence[Tensor], effects: SideEffects, watch: SideEffectWatch | None
     ) -> tuple[Run, Linearization]:
@@ -143,8 +140,8 @@ class Runner:
         if self.owner is not None:
             owner, known = self.owner
             return store_for(owner, (known, tuple(v.shape for v in values)), self.checks, many)
-        if isinstance(self.model, nn.Module):
-            key = setting(self._parts, values, "samples", self.at, *self.asked)
+        if self.structure is not None:
+            key = setting(self.structure, values, "samples", self.at, *self.asked)
         else:
             arrays = tuple((v.shape, v.dtype, v.device) for v in values)
             key = ("samples", arrays, *self.asked, torch.get_default_dtype())
@@ -170,43 +167,37 @@ class Runner:
 
     def state(self) -> dict[str, Tensor]:
         """Return the model's parameters and copies of its buffers, by name."""
-        if not isinstance(self.model, nn.Module):
+        if self.structure is None:
             return {}
-        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        return {name: p.detach() for name, p in self.model.named_parameters()} | buffers
-
-    def _parameters(self) -> Iterator[Tensor]:
-        if isinstance(self.model, nn.Module):
-            yield from named_parameters_of(self.model).values()
+        buffers = {name: buffer.clone() for name, buffer in self.structure.buffers.items()}
+        return {name: p.detach() for name, p in self.structure.parameters.items()} | buffers
 
     def outputs_alone(self, values: Sequence[Tensor], effects: SideEffects) -> Iterator[list[Tensor]]:
         """Yield the outputs of every sample alone, without gradient."""
-        replica = self.replica(effects.writes)
+        replica = None
         for i in range(values[0].shape[0]):
-            replica = self.replica(True) if effects.writes else replica
-            yield self._outputs([v[i : i + 1] for v in values], replica)
+            outputs, replica = self._outputs([v[i : i + 1] for v in values], replica, effects.writes)
+            yield outputs
 
     @restoring
-    def _outputs(self, values: Sequence[Tensor], replica: Replica | None) -> list[Tensor]:
+    def _outputs(
+        self, values: Sequence[Tensor], replica: Replica | None, cloned: bool
+    ) -> tuple[list[Tensor], Replica | None]:
         with arithmetic(False):
-            return self._ran(values, self._private(values, replica)).outputs
+            replica = self.replica(cloned) if cloned or replica is None else replica
+            return self._ran(values, self._private(values, replica)).outputs, replica
 
     def replica(self, cloned: bool) -> Replica | None:
-        """Return a private copy of a module; None for a plain function.
+        """Return a private copy of a module, where gradients are recorded or none is needed; None for a function.
 
         Args:
             cloned: Copy the weights too, for forwards that write into them.
         """
-        if not isinstance(self.model, nn.Module):
+        if self.structure is None:
             return None
         kept = self.create_graph
-        return replicate(
-            self.model,
-            wrt=lambda name, parameter: kept and parameter.requires_grad,
-            training=False,
-            connected=kept,
-            cloned=cloned,
-        )
+        wrt = {name for name, p in self.structure.parameters.items() if p.requires_grad} if kept else ()
+        return replica_of(self.structure, wrt, training=False, connected=kept, cloned=cloned)
 
     @restoring
     def record(
@@ -261,8 +252,8 @@ class Runner:
         return _Forward(tensors, tree, cut, widths, followed)
 
     def _recorded(self, done: _Forward, private: _Private, path: str | None) -> Run:
-        replica, leaves, cut, head = private.replica, private.leaves, done.cut, None
-        protected = [p for p in replica.originals.values() if p.requires_grad] if replica is not None else []
+        leaves, cut, head = private.leaves, done.cut, None
+        protected = self.structure.trainable if self.structure is not None else []
         if path is not None and cut is not None:
             head = self._linearized(leaves, [path], [cut.before[0]], protected)
         if cut is not None and cut.leaves:
@@ -312,7 +303,7 @@ class Runner:
             state: Take these parameters and buffers instead of the replica's.
         """
         args, kwargs = split_input(copied)
-        with forward_explained(self.model, self.inputs_in(values)):
+        with ForwardExplained(self.model, self.inputs_in(values)):
             if replica is None or cut is None:
                 output = self.model(*args, **kwargs)
             else:

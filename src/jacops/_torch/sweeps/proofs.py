@@ -304,10 +304,15 @@ class SameObject:
 
 
 _WORDS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_READ = (Tensor, np.ndarray, tuple, list, dict, slice)
 
 
 def identity_key(value: Any) -> Hashable:
     """Return a key for a selector or a loss: numbers, words and arrays by value, anything else by identity."""
+    if type(value) in _WORDS:
+        return (type(value), repr(value))
+    if not isinstance(value, _READ):
+        return SameObject(value)
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.detach().cpu().numpy().tobytes())
     if isinstance(value, np.ndarray):
@@ -316,9 +321,7 @@ def identity_key(value: Any) -> Hashable:
         return (type(value), *map(identity_key, value))
     if isinstance(value, dict):
         return (dict, *((identity_key(k), identity_key(v)) for k, v in value.items()))
-    if isinstance(value, slice):
-        return (slice, identity_key(value.start), identity_key(value.stop), identity_key(value.step))
-    return (type(value), repr(value)) if type(value) in _WORDS else SameObject(value)
+    return (slice, identity_key(value.start), identity_key(value.stop), identity_key(value.step))
 
 
 def held_key(tree: Tree) -> Hashable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,12 @@ from ..._runtime.agreement import coarsest
 from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
-from ..._trees import Selector, Tree, flatten, output_leaves, select
+from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
-from ..model.inputs import check_fallback, check_params, forward_explained, private_inputs, refuse_arrays, split_input
-from ..model.replica import PlainFunction, Replica, bare, by_inputs, check_state, has_derivatives, replicate
-from ..model.walk import modules_of, named_parameters_of
+from ..model.inputs import ForwardExplained, check_fallback, check_params, input_leaves, private_inputs, split_input
+from ..model.replica import Replica, replica_of
+from ..model.structure import ModelStructure, PlainFunction, check_state, structure_by_inputs, structure_of
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
@@ -73,27 +72,15 @@ def record_closure(
     return Recording(lin, tree, output)
 
 
-def parts_key(model: nn.Module) -> tuple[Any, ...]:
-    """Return the part of `setting` that is about the model: its modules, modes and shapes."""
-    modules = [] if isinstance(model, PlainFunction) else modules_of(model)
-    parts = [
-        (id(m), type(m), getattr(m, "training", False), len(m._forward_hooks), len(m._forward_pre_hooks))
-        for m in modules
-    ]
-    held = [m._parameters for m in modules if m._parameters]
-    weights = [(p.shape, p.dtype, p.device) for own in held for p in own.values() if p is not None]
-    return tuple(parts), tuple(weights)
-
-
-def setting(parts: tuple[Any, ...], inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
-    """Return a key under which proofs about a model hold: its `parts_key`, the inputs' shapes, torch's settings."""
+def setting(structure: ModelStructure, inputs: Sequence[Tensor], *more: Any) -> tuple[Any, ...]:
+    """Return a key under which proofs about a model hold: its structure, the inputs' shapes, torch's settings."""
     arrays = [(t.shape, t.dtype, t.device) for t in inputs]
     context = (
         torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda") if torch.cuda.is_available() else False,
+        torch.is_autocast_enabled("cuda"),
         torch.get_default_dtype(),
     )
-    return (*parts, tuple(arrays), context, *more)
+    return (structure.key, tuple(arrays), context, *more)
 
 
 def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
@@ -136,7 +123,7 @@ def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | 
     raise ModelStateError.of("model", came, "its forward must not modify such tensors")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(eq=False, kw_only=True)
 class ModelRun:
     """One run of a model, on private copies, that is recorded.
 
@@ -158,6 +145,13 @@ class ModelRun:
         aside: Leaves of the output without a derivative are set aside instead of refused.
         pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
         anew: A new graph is expected, so that it is observed in the first run.
+
+    Attributes:
+        structure: What the module without wrappers consists of when it is recorded.
+        given: The leaves of the input, and its structure.
+        chosen: The parameters that are differentiated, by name.
+        weights: Notes the weights of a recording that is kept, so that a write into them shows.
+        copies: Of the parameters of one that is kept, by the identity of the caller's.
     """
 
     model: Any = field(kw_only=False)
@@ -177,34 +171,17 @@ class ModelRun:
     aside: bool = False
     pulled: bool = False
     anew: bool = False
-
-    @cached_property
-    def module(self) -> nn.Module:
-        """The module itself, without what wraps it."""
-        return by_inputs(self.model) if self.parameters is None else bare(self.model)
+    structure: ModelStructure = field(init=False)
+    given: tuple[list[Any], Tree] = field(init=False)
+    chosen: dict[str, Tensor] = field(init=False)
+    weights: Weights | None = field(init=False)
+    copies: dict[int, Tensor] = field(init=False)
 
     @property
     def owner(self) -> Any:
         """What proofs are kept with: a function itself, not the module that represents it in this run."""
-        return self.module.function if isinstance(self.module, PlainFunction) else self.module
-
-    @cached_property
-    def weights(self) -> Weights | None:
-        """Notes the weights of a recording that is kept, so that a write into them shows."""
-        return weights_of(self.module) if self.kept else None
-
-    @cached_property
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """The caller's parameters by their first names, found by one walk over the modules."""
-        return named_parameters_of(self.module)
-
-    @cached_property
-    def chosen(self) -> dict[str, Tensor]:
-        """The parameters that are differentiated, by name."""
-        picks = self.parameters
-        if picks is None:
-            return {}
-        return {n: p for n, p in self.own_parameters.items() if has_derivatives(p) and picks(n, p)}
+        module = self.structure.model
+        return module.function if isinstance(module, PlainFunction) else module
 
     def recorded(self) -> Recording:
         """Return the recording, watched where it is not known what the forward does besides arithmetic.
@@ -215,46 +192,35 @@ class ModelRun:
             NotDifferentiableError: Nothing among the inputs has a derivative.
         """
         refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
-        module = self.module
-        check_state(module)
+        structure = structure_by_inputs(self.model) if self.parameters is None else structure_of(self.model)
+        check_state(structure)
         check_fallback(self.fallback)
-        refuse_arrays(self.value)
-        if self.parameters is not None and not self.chosen:
-            came = f"a {type(module).__name__} without parameters to differentiate"
-            needed = "at least one must be a floating-point parameter that is asked for"
-            raise ModelStateError.of("model", came, needed)
-        given = flatten(self.value, "input")[0]
+        given, _ = self.given = input_leaves(self.value)
+        self.structure, self.chosen = structure, _chosen(structure, self.parameters)
+        self.weights = weights = weights_of(structure) if self.kept else None
+        self.copies = {} if weights is None else weights.copies(structure)
         tensors = [t for t in given if isinstance(t, Tensor)]
         others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
         asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
-        key = setting(parts_key(module), tensors, "whole", self.training, self.at, *asked)
-        weights = self.weights
-        copies = {} if weights is None else weights.copies(module)
+        key = setting(structure, tensors, "whole", self.training, self.at, *asked)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
-        guarded = [*self.own_parameters.values(), *copies.values()]
-        found = watched(store, partial(self._record, copies), guarded, self.anew)
+        guarded = [*structure.parameters.values(), *self.copies.values()]
+        found = watched(store, self._record, guarded, self.anew)
         if weights is not None:
-            found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(module) is None)
+            module = structure.model
+            found.lin.proofs = KeptProofs(found.lin.proofs, lambda: weights.changed_in(ModelStructure(module)) is None)
         return found
 
     @restoring
-    def _record(
-        self, copies: dict[int, Tensor], effects: SideEffects, watch: SideEffectWatch | None
-    ) -> tuple[Recording, Linearization]:
-        replica = replicate(
-            self.module,
-            wrt=lambda n, p: n in self.chosen or (self.connected and p.requires_grad),
-            training=self.training,
-            connected=self.connected,
-            cloned=effects.writes,
-            copies={} if effects.writes else copies,  # clones are the forward's to write into, copies are not
-        )
+    def _record(self, effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
         # Its results are differentiated once more than fused norms have derivatives.
         written, watching = norms_written_out() if self.connected else nullcontext(), watch or nullcontext()
         # Inputs are recorded too: a reentrant checkpoint passes gradients on to weights only if its input requires one.
         # They are copied first: in the function mode of a recording every look at a tensor's shape is a call in Python.
-        with arithmetic(True), watching:
-            copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
+        with arithmetic(True):
+            replica = self._replica(effects.writes)
+            with watching:
+                copied, inputs = private_inputs(*self.given, self.connected)
         pulled = self.pulled and not self.connected
         with recording(pulled=pulled), random_state_kept(), watching, written:
             before, hidden = self._forward(replica, copied)
@@ -264,13 +230,22 @@ class ModelRun:
         named = {"leaf_names": names, "output_names": tree.names}
         lin = Linearization(leaves, outputs, **named, call=self.call, private=True, fallback=self.fallback)
         lin.weights = self.weights
-        lin.protected = [p for p in self.own_parameters.values() if p.requires_grad]
+        lin.protected = self.structure.trainable
         # The caller's own parameter in the graph of a private copy: something outside the module holds it.
-        lin.aliased_leaves = tuple((i, p) for i, p in aliased_leaves if id(p) in lin.graph_info.leaves)
-        values, input_tree = flatten(self.value, "input")
+        inside = lin.graph_info.leaves if aliased_leaves else ()
+        lin.aliased_leaves = tuple([(i, p) for i, p in aliased_leaves if id(p) in inside])
+        values, input_tree = self.given
         given = dict(zip(input_tree.names, values, strict=True))
         own = {id(given[name]): (given[name], leaf) for name, leaf in inputs}
         return Recording(lin, tree, output, own, before, not self.chosen), lin
+
+    def _replica(self, cloned: bool) -> Replica:
+        wrt = set(self.chosen)
+        if self.connected:
+            wrt.update([name for name, p in self.structure.parameters.items() if p.requires_grad])
+        copies = {} if cloned else self.copies  # clones are the forward's to write into, copies are not
+        training, connected = self.training, self.connected
+        return replica_of(self.structure, wrt, training=training, connected=connected, cloned=cloned, copies=copies)
 
     def _forward(self, replica: Replica, copied: Any) -> tuple[Any, list[Tensor]]:
         """Return the output for a copy of the input, and the leaves inside of the model."""
@@ -278,8 +253,8 @@ class ModelRun:
             replica.parameters[name].data = replica.originals[name].detach() + change
         hooked = Cut(replica.module, self.at, self.connected)
         args, kwargs = split_input(copied)
-        tensors = [t for t in flatten(self.value, "input")[0] if isinstance(t, Tensor)]
-        with hooked.active(), forward_explained(self.module, tensors):
+        tensors = [t for t in self.given[0] if isinstance(t, Tensor)]
+        with hooked.active(), ForwardExplained(self.structure.model, tensors):
             output = hooked.result(replica(args, kwargs))
         return select(output, self.outputs), hooked.leaves
 
@@ -369,6 +344,22 @@ def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffect
         first.packs or second.packs,
         coarsest([first.coarse, second.coarse]),
     )
+
+
+def _chosen(structure: ModelStructure, picks: Callable[[str, Tensor], bool] | None) -> dict[str, Tensor]:
+    """Return the parameters that are differentiated, by name; none where the inputs are.
+
+    Raises:
+        ModelStateError: There are none.
+    """
+    if picks is None:
+        return {}
+    chosen = {name: p for name, p in structure.differentiable.items() if picks(name, p)}
+    if not chosen:
+        came = f"a {type(structure.model).__name__} without parameters to differentiate"
+        needed = "at least one must be a floating-point parameter that is asked for"
+        raise ModelStateError.of("model", came, needed)
+    return chosen
 
 
 def _is_trainable_leaf(parameter: Tensor) -> bool:

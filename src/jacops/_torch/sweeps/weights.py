@@ -19,7 +19,7 @@ from ..._runtime.agreement import identical
 from ..._runtime.contexts import arithmetic
 from ..._runtime.restoring import process_lock, restoring
 from ...errors import JacopsError, ModelStateError, NotDifferentiableError
-from ..model.walk import modules_of, named_parameters_of
+from ..model.structure import ModelStructure
 
 # Copies of 9 MiB took 35 ms, as long as recording such a model, and digests of them 0.8 ms, one percent of a product
 # with one row; below 1 MiB a copy takes microseconds, and digests 5 to 10 percent of a product.
@@ -31,13 +31,13 @@ class Weights:
     """The values of a module's parameters and buffers at one time.
 
     Args:
-        module: Whose.
+        structure: Of the module, as it is now.
     """
 
     @restoring
-    def __init__(self, module: nn.Module) -> None:
-        held = _tensors(module)
-        self._modes = _modes(module)
+    def __init__(self, structure: ModelStructure) -> None:
+        held = _tensors(structure)
+        self._modes = structure.modes
         self._digests: dict[str, Tensor] = {}
         self._recorded: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}
@@ -45,35 +45,36 @@ class Weights:
             if sum(t.nbytes for t in held.values()) <= COPIED:
                 self._values = {name: t.detach().clone() for name, t in held.items()}
             else:
-                self._recorded = {name: p.detach() for name, p in named_parameters_of(module).items()}
+                self._recorded = {name: p.detach() for name, p in structure.parameters.items()}
                 self._digests = {name: _digest(t) for name, t in held.items()}
 
-    def copies(self, module: nn.Module) -> dict[int, Tensor]:
+    def copies(self, structure: ModelStructure) -> dict[int, Tensor]:
         """Return copies of a module's parameters by the identity of its own; none where they are too large."""
-        return {id(p): self._values[name] for name, p in named_parameters_of(module).items()} if self._values else {}
+        named = zip(structure.places, structure.parameters, strict=True)
+        return {here: self._values[name] for here, name in named} if self._values else {}
 
-    def fits(self, module: nn.Module) -> bool:
+    def fits(self, structure: ModelStructure) -> bool:
         """Return whether a recording of a module now would have these values, in this memory if it is not copied."""
-        here = {name: p.data_ptr() for name, p in named_parameters_of(module).items()} if self._recorded else {}
+        here = {name: p.data_ptr() for name, p in structure.parameters.items()} if self._recorded else {}
         if here != {name: p.data_ptr() for name, p in self._recorded.items()}:
             return False
-        return self.changed_in(module) is None
+        return self.changed_in(structure) is None
 
-    def changed_in(self, module: nn.Module) -> str | None:
+    def changed_in(self, structure: ModelStructure) -> str | None:
         """Return what of a module differs from what it was, as messages call it; None where nothing does."""
-        name = self._changed(_tensors(module))
+        name = self._changed(_tensors(structure))
         if name is not None:
-            kind = "parameter" if name in named_parameters_of(module) else "buffer"
+            kind = "parameter" if name in structure.parameters else "buffer"
             return f"{kind} '{name}'"
-        return None if self._modes == _modes(module) else "its mode (train or eval)"
+        return None if self._modes == structure.modes else "its mode (train or eval)"
 
-    def check(self, module: nn.Module, call: str) -> None:
+    def check(self, structure: ModelStructure, call: str) -> None:
         """Refuse a module that differs from what it was.
 
         Raises:
             ModelStateError: It does; the message names the parameter.
         """
-        what = self.changed_in(module)
+        what = self.changed_in(structure)
         if what is not None:
             raise _changed(call, what)
 
@@ -127,24 +128,20 @@ def not_swept(call: str, error: Exception, functions: Sequence[str]) -> JacopsEr
 _taken: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Weights]] = weakref.WeakKeyDictionary()
 
 
-def weights_of(module: nn.Module) -> Weights:
+def weights_of(structure: ModelStructure) -> Weights:
     """Return the values of a module's tensors, the same object for as long as they stay and somebody holds it."""
     with process_lock:
-        known = _taken.get(module)
+        known = _taken.get(structure.model)
     weights = None if known is None else known()
-    if weights is None or not weights.fits(module):
-        weights = Weights(module)
+    if weights is None or not weights.fits(structure):
+        weights = Weights(structure)
         with process_lock:
-            _taken[module] = weakref.ref(weights)
+            _taken[structure.model] = weakref.ref(weights)
     return weights
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**named_parameters_of(module), **dict(module.named_buffers())}
-
-
-def _modes(module: nn.Module) -> tuple[bool, ...]:
-    return tuple(part.training for part in modules_of(module))
+def _tensors(structure: ModelStructure) -> dict[str, Tensor]:
+    return {**structure.parameters, **structure.buffers}
 
 
 def _digest(tensor: Tensor) -> Tensor:
