@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-# Neither is public, and neither is needed.
+# None of these is public, and none is needed.
 _engine: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
-_vmap: Any = getattr(getattr(torch, "_vmap_internals", None), "_vmap", None)
+# Axes of a batch: begin one, make the first axis of a tensor it, give it back, end it. `torch.autograd.grad` does this
+# through a vmap that takes trees of arguments apart and joins them, a hundred calls in Python for one cotangent.
+_begin: Any = getattr(torch._C, "_vmapmode_increment_nesting", None)
+_add: Any = getattr(torch, "_add_batch_dim", None)
+_remove: Any = getattr(torch, "_remove_batch_dim", None)
+_end: Any = getattr(torch._C, "_vmapmode_decrement_nesting", None)
+_batches = None not in (_begin, _add, _remove, _end)
 
 
 def swept(
@@ -35,17 +41,28 @@ def swept(
         batched: First axes of the cotangents count them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _engine is not None and (_vmap is not None or not batched)
+    known = _engine is not None and (_batches or not batched)
     if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
+    if batched:
+        return _swept_rows(outputs, targets, seeds, create_graph)
+    return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
-    def swept_once(seeds: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-        return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
-    together: Any = _vmap
-    return together(swept_once, 0, 0, allow_none_pass_through=True)(seeds) if batched else swept_once(seeds)
+def _swept_rows(
+    outputs: tuple[Tensor, ...], targets: tuple[Any, ...], seeds: tuple[Any, ...], create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    many, level = len(seeds[0]), _begin()
+    try:
+        rows = tuple([_add(seed, 0, level) for seed in seeds])
+        found = _engine(outputs, rows, True, create_graph, targets, True, accumulate_grad=False)
+        return tuple([None if part is None else _remove(part, level, many, 0) for part in found])
+    finally:
+        _end()
 
 
 def _alike(outputs: Sequence[Tensor], seeds: Sequence[Tensor], axes: int) -> bool:
-    return all(o.shape == s.shape[axes:] and o.dtype is s.dtype for o, s in zip(outputs, seeds, strict=True))
+    rows = seeds[0].shape[:axes] if seeds else ()
+    pairs = zip(outputs, seeds, strict=True)
+    return len(rows) == axes and all([s.shape == rows + o.shape and o.dtype is s.dtype for o, s in pairs])
