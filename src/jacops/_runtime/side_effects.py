@@ -79,13 +79,14 @@ class SideEffectWatch:
             input may take another path.
         draws: Random operations.
         packs: Tensors are saved through hooks.
+        replaces: A recording put another computation in the place of a kernel.
         coarse: The coarsest floating-point dtype of a result.
     """
 
     def __init__(self, guarded: Iterable[Tensor] = ()) -> None:
         self.reads: dict[str, None] = {}
         self.draws: dict[str, None] = {}
-        self.packs = False
+        self.packs = self.replaces = False
         self.coarse: torch.dtype | None = None
         self.guarded = {storage_of(tensor) for tensor in guarded}
         self._stack = ExitStack()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
