@@ -21,7 +21,8 @@ _begin: Any = getattr(torch._C, "_vmapmode_increment_nesting", None)
 _add: Any = getattr(torch, "_add_batch_dim", None)
 _remove: Any = getattr(torch, "_remove_batch_dim", None)
 _end: Any = getattr(torch._C, "_vmapmode_decrement_nesting", None)
-_batches = None not in (_begin, _add, _remove, _end)
+_single = _engine is not None
+_batches = _single and None not in (_begin, _add, _remove, _end)
 
 
 def swept(
@@ -41,7 +42,7 @@ def swept(
         batched: First axes of the cotangents count them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _engine is not None and (_batches or not batched)
+    known = _batches if batched else _single
     if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from .attention import recompute_alike
@@ -89,4 +90,6 @@ class RightKernels(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_REPLACED = RECURRENT | {torch._weight_norm, torch.nn.functional.scaled_dot_product_attention}  # pyright: ignore[reportPrivateImportUsage]
+# No mode sees what the second one calls: torch's functions in Python are passed to it as a whole.
+_ATTENTION = {functional.scaled_dot_product_attention, functional.multi_head_attention_forward}
+_REPLACED = RECURRENT | _ATTENTION | {torch._weight_norm}  # pyright: ignore[reportPrivateImportUsage]

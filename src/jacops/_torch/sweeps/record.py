@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..._runtime.agreement import coarsest
 from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
 from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
-from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
+from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, flatten, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
@@ -25,9 +25,8 @@ from ..model.walk import modules_of, named_parameters_of
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
+from .watched import watched
 from .weights import Weights, weights_of
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,46 +96,6 @@ def setting(parts: tuple[Any, ...], inputs: Sequence[Tensor], *more: Any) -> tup
     return (*parts, tuple(arrays), context, *more)
 
 
-def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
-            guarded: Iterable[Tensor], anew: bool = False) -> Result:  # fmt: skip
-    """Record a forward, watched where it is not known what it does besides arithmetic.
-
-    Args:
-        store: What is known of the function.
-        record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
-        guarded: What a forward must not write into.
-        anew: A new graph is expected, so that it is observed in the first run.
-
-    Raises:
-        ModelStateError: It writes into tensors that are not its own.
-    """
-    assumed, plain = None if anew else store.assumed, None
-    if assumed is not None:
-        done, lin = record(assumed, None)
-        if lin.look_up(store) is not None:
-            return done
-        plain = lin.graph_info.wiring, lin.proofs
-        del done, lin  # another graph than those that are known: what it does besides is not known either
-    for cloned in (False, True):
-        watch = SideEffectWatch([] if cloned else guarded)
-        try:
-            done, lin = record(SideEffects(writes=cloned), watch)
-        except WritesState:
-            continue
-        effects = watch.effects(cloned)
-        lin.look_up(store, effects)
-        if plain is None or plain[0] == lin.graph_info.wiring or effects.reads:
-            return done
-        # Torch has other formulas for some operations (the determinant) while a dispatch mode watches.
-        plain[1].effects = effects
-        del done, lin
-        done, lin = record(effects, None)
-        lin.look_up(store)
-        return done
-    came = "writing into tensors that are not its own"
-    raise ModelStateError.of("model", came, "its forward must not modify such tensors")
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelRun:
     """One run of a model, on private copies, that is recorded.
@@ -178,6 +137,10 @@ class ModelRun:
     aside: bool = False
     pulled: bool = False
     anew: bool = False
+
+    @property
+    def _pulled(self) -> bool:
+        return self.pulled and not self.connected
 
     @cached_property
     def module(self) -> nn.Module:
@@ -228,7 +191,7 @@ class ModelRun:
         tensors = [t for t in given if isinstance(t, Tensor)]
         others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
         asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
-        key = setting(parts_key(module), tensors, "whole", self.training, self.at, *asked)
+        key = setting(parts_key(module), tensors, "whole", self._pulled, self.training, self.at, *asked)
         weights = self.weights
         copies = {} if weights is None else weights.copies(module)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
@@ -256,8 +219,8 @@ class ModelRun:
         # They are copied first: in the function mode of a recording every look at a tensor's shape is a call in Python.
         with arithmetic(True), watching:
             copied, inputs = private_inputs(*flatten(self.value, "input"), self.connected)
-        pulled = self.pulled and not self.connected
-        with recording(pulled=pulled), random_state_kept(), watching, written:
+        plain = effects.plain and not self.connected
+        with recording(pulled=self._pulled, watch=watch, plain=plain), random_state_kept(), watching, written:
             before, hidden = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
