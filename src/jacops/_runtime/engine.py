@@ -21,8 +21,7 @@ _begin: Any = getattr(torch._C, "_vmapmode_increment_nesting", None)
 _add: Any = getattr(torch, "_add_batch_dim", None)
 _remove: Any = getattr(torch, "_remove_batch_dim", None)
 _end: Any = getattr(torch._C, "_vmapmode_decrement_nesting", None)
-_single = _engine is not None
-_batches = _single and None not in (_begin, _add, _remove, _end)
+_batches = None not in (_begin, _add, _remove, _end)
 
 
 def swept(
@@ -42,13 +41,14 @@ def swept(
         batched: First axes of the cotangents count them.
     """
     outputs, targets, seeds = tuple(outputs), tuple(targets), tuple(seeds)
-    known = _batches if batched else _single
+    known = _engine is not None and (_batches or not batched)
     if not known or has_torch_function(outputs + targets + seeds) or not _alike(outputs, seeds, int(batched)):
         options = {"retain_graph": True, "create_graph": create_graph, "allow_unused": True}
         return torch.autograd.grad(outputs, targets, seeds, is_grads_batched=batched, **options)
     if batched:
         return _swept_rows(outputs, targets, seeds, create_graph)
-    return _engine(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
+    run: Any = _engine
+    return run(outputs, seeds, True, create_graph, targets, True, accumulate_grad=False)
 
 
 def _swept_rows(
