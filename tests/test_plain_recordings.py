@@ -34,8 +34,8 @@ class Switched(nn.Module):
         self.register_buffer("constant", torch.ones(4))
 
     def _mixed(self, h: Tensor) -> Tensor:
-        q = h.unsqueeze(1).expand(-1, 2, -1)
-        return F.scaled_dot_product_attention(q, q, q).mean(1)
+        q = h.view(-1, 1, 2, 2)  # of four axes, as fused attention takes them
+        return F.scaled_dot_product_attention(q, q, q).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x).tanh()
@@ -43,7 +43,7 @@ class Switched(nn.Module):
             case "plain":
                 h = h + self.constant
             case "weight norm":
-                h = F.linear(h, torch._weight_norm(self.aside.weight, self.size, 0))
+                h = F.linear(h, torch._weight_norm(self.aside.weight, self.size, 0))  # pyright: ignore[reportPrivateImportUsage]
             case "recurrent":
                 h = self.recurrent(h.unsqueeze(0))[0][0]
             case "attention":
@@ -263,8 +263,8 @@ def test_a_module_that_is_swapped_and_a_hook_that_attends_are_seen() -> None:
     def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         if next(ways) < 2:
             return None
-        q = output.unsqueeze(1).expand(-1, 2, -1)
-        return F.scaled_dot_product_attention(q, q, q).mean(1)
+        q = output.view(-1, 1, 2, 2)
+        return F.scaled_dot_product_attention(q, q, q).flatten(1)
 
     model[1].register_forward_hook(hook)
     hvp(model)
