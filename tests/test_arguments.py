@@ -1,5 +1,6 @@
 """Arguments that a public call does not have: refused in the call's own name, by every function, method and class."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -12,6 +13,7 @@ import torch
 import jacops
 from jacops import JacopsError, _words
 from jacops._keywords import keywords
+from jacops._options import JacobianOptions
 from jacops._requirements import check_choice
 from jacops.errors import InputError, InputTypeError
 from jacops.fit import _kernels, _named_solvers, _strategies
@@ -184,6 +186,33 @@ def test_an_error_inside_a_call_is_not_taken_for_a_wrong_argument() -> None:
     with pytest.raises(TypeError, match="has no len") as caught:
         call(1, b=2)
     assert not isinstance(caught.value, JacopsError)
+    with pytest.raises(InputTypeError, match=r"no keyword `c`") as wrong:
+        call(1, c=2)  # pyright: ignore[reportCallIssue]
+    assert wrong.value.__suppress_context__, "what Python says of it is shown beside the message"
+
+
+def test_arguments_are_refused_before_any_code_runs() -> None:
+    ran: list[object] = []
+
+    def around(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            ran.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    def plain(a: int) -> None:
+        ran.append(a)
+
+    def anything(a: int, **options: Any) -> None:
+        ran.append(options)
+
+    for call in (keywords()(plain), keywords()(around(plain)), keywords(JacobianOptions)(anything)):
+        for args, given in (((), {}), ((1, 2), {}), ((1,), {"no": 1}), ((1,), {"a": 1})):
+            with pytest.raises(InputTypeError):
+                call(*args, **given)
+    assert not ran
 
 
 WORDS = {name: value for name, value in vars(_words).items() if get_args(value)}

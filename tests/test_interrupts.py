@@ -209,7 +209,7 @@ CALLS: dict[str, tuple[type[nn.Module], Callable[[nn.Module], Any]]] = {
 
 def guards(path: str) -> bool:
     """The modules in which torch's state is changed and put back."""
-    names = ("restoring", "surroundings", "watch", "replica", "cut", "inputs")
+    names = ("restoring", "contexts", "kernels", "attention", "side_effects", "replica", "cut", "inputs")
     return path.startswith(SRC) and Path(path).stem in names
 
 

@@ -186,3 +186,5 @@ def test_the_engine_takes_batches_as_grad_does() -> None:
     for wrong in (seeds[0], seeds[:, :, :1]):
         with pytest.raises(RuntimeError, match="mismatch was detected"):
             swept([y], [x], [wrong], batched=True)
+    with pytest.raises(ValueError, match="same size in the mapped dimension"):
+        swept([y, y.cos()], [x], [seeds, seeds[:2]], batched=True)

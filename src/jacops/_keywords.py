@@ -78,18 +78,19 @@ class _Accepted(NamedTuple):
         method = self.places[:1] and self.places[0] in _RECEIVERS
         for name in given:
             if self.names is not None and name not in self.names:
-                raise unknown(call, name, self.names, self.instead.get(name, ""))
+                raise unknown(call, name, self.names, self.instead.get(name, "")) from None
         if len(args) > self.most:
             more = sorted((self.names or frozenset()) - set(self.places))
             hint = f" Pass the others by keyword: {', '.join(f'`{name}`' for name in more)}." if more else ""
             took, came = int(self.most) - bool(method), len(args) - bool(method)
             plural, verb = "s" * (took != 1), "was" if came == 1 else "were"
-            raise InputTypeError(f"{call}() takes {took} positional argument{plural}, but {came} {verb} given.{hint}")
+            words = f"{call}() takes {took} positional argument{plural}, but {came} {verb} given.{hint}"
+            raise InputTypeError(words) from None
         for place, name in enumerate(self.places):
             if place < len(args) and name in given:
-                raise InputTypeError(f"{call}() has `{name}` twice, by position and by keyword.")
+                raise InputTypeError(f"{call}() has `{name}` twice, by position and by keyword.") from None
             if len(args) <= place < self.needed and name not in given:
-                raise InputTypeError(f"{call}() needs `{name}`, which is missing.")
+                raise InputTypeError(f"{call}() needs `{name}`, which is missing.") from None
 
 
 def keywords(
@@ -119,10 +120,29 @@ def keywords(
                 accepted().check(function, call, args, kwargs)
             return function(*args, **kwargs)
 
-        checked.__dict__["checked"] = True
-        return checked
+        @wraps(function)
+        def tried(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            try:
+                return function(*args, **kwargs)
+            except TypeError:
+                accepted().check(function, call, args, kwargs)
+                raise
+
+        chosen = tried if _refuses(function) else checked
+        chosen.__dict__["checked"] = True
+        return chosen
 
     return decorate
+
+
+def _refuses(function: Callable[..., Any]) -> bool:
+    """Return whether Python refuses all wrong arguments before any code of a function runs.
+
+    Most methods are like this. They are called inside the library too, where a look at the arguments takes as long as
+    what some of them do.
+    """
+    plain = isinstance(function, FunctionType) and not hasattr(function, "__wrapped__")
+    return plain and not function.__code__.co_flags & inspect.CO_VARKEYWORDS
 
 
 def check_methods(*kinds: type) -> None:

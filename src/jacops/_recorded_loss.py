@@ -203,9 +203,15 @@ def _connected(found: Recording, call: str) -> Recording:
     return found
 
 
-@restoring
 def recordable(y: Any, kept: bool) -> Any:
     """Return a target whose tensors may take part in a recorded computation, copied where that is kept."""
+    if isinstance(y, Tensor) and not kept:  # the usual case, which needs no tree
+        return out_of_inference(y)
+    return _recordable(y, kept)
+
+
+@restoring
+def _recordable(y: Any, kept: bool) -> Any:
     leaves, tree = flatten(y, "y")
     with arithmetic(True):
         plain = [out_of_inference(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

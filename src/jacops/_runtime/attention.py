@@ -17,7 +17,7 @@ def _kernel(name: str) -> tuple[Callable[[], bool], Callable[[bool], None]]:
 
 
 _KERNELS = {name: _kernel(name) for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")}
-_MATH = [name == "math" for name in _KERNELS]
+MATH = [name == "math" for name in _KERNELS]
 
 
 def _enabled() -> list[bool]:
@@ -29,12 +29,12 @@ def _choose_attention(choice: Sequence[bool]) -> None:
         choose(enabled)
 
 
-_ATTENTION = ProcessState(_enabled, _choose_attention)
+ATTENTION = ProcessState(_enabled, _choose_attention)
 
 
 def math_attention() -> Guard:
     """Return a context with attention on the math kernel: the fused ones have no second derivative."""
-    return ProcessSetting(_ATTENTION, _MATH)
+    return ProcessSetting(ATTENTION, MATH)
 
 
 def recompute_alike() -> None:
@@ -43,7 +43,7 @@ def recompute_alike() -> None:
     Those that are not reentrant keep what they run again in a local variable, and compare shapes and dtypes of what is
     saved for the backward pass; fused kernels save other tensors.
     """
-    if _enabled() != _MATH:
+    if _enabled() != MATH:
         return
     frame = sys._getframe(1)
     while frame is not None:

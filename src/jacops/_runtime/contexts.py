@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -16,9 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import NotDifferentiableError
-from .attention import math_attention, recompute_alike
-from .norms import norm_rules
-from .recurrence import RECURRENT, step_by_step
+from .attention import ATTENTION, MATH
+from .kernels import RightKernels, writes_norms_out
 from .restoring import (
     Guard,
     Guards,
@@ -29,7 +27,7 @@ from .restoring import (
     leave_function_modes,
     restoring,
 )
-from .side_effects import tensors_in
+from .side_effects import SideEffectWatch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -76,27 +74,6 @@ def refuse_transforms() -> None:
         )
 
 
-def reentrant_checkpoint() -> Any | None:
-    """Return the context of the reentrant checkpoint whose forward this runs in; None outside of one.
-
-    Torch's own and the copies of it in other packages all pass the function as `run_function`. Within another one it
-    is the outermost that counts: the inner one runs again, with gradients, in the backward of that.
-    """
-    frame, ctx = sys._getframe(2), None
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "forward" and {"ctx", "run_function"} <= set(code.co_varnames[: code.co_argcount]):
-            ctx = frame.f_locals.get("ctx")
-        frame = frame.f_back
-    return ctx
-
-
-def _checkpoint_records_nothing() -> bool:
-    """Return whether this runs in the forward of a reentrant checkpoint none of whose arguments requires grad."""
-    ctx = reentrant_checkpoint()
-    return ctx is not None and not any(getattr(ctx, "needs_input_grad", (True,)))
-
-
 # What `torch.set_grad_enabled` calls once it has made a context manager, which takes ten times as long.
 set_gradients: Callable[[bool], Any] = torch._C._set_grad_enabled  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -124,15 +101,6 @@ class _Gradients(Guard):
         set_gradients(self._found)
 
 
-class _FreshAutocastCache(Guard):
-    """A weight cast under no_grad in the caller's autocast would be reused inside without its graph, and vice versa."""
-
-    def change(self) -> None:
-        torch.clear_autocast_cache()
-
-    restore = change
-
-
 def _no_autocast(kind: str) -> Guard:
     """Return a context without autocast, for one kind of device."""
 
@@ -146,80 +114,44 @@ def _no_autocast(kind: str) -> Guard:
     return Setting(is_enabled, enable, False)
 
 
-class _Mode(Guard):
-    """A function mode that is active inside."""
-
-    def __init__(self, mode: TorchFunctionMode) -> None:
-        self._mode = mode
-
-    def save(self) -> None:
-        self._found = function_modes()
-
-    def change(self) -> None:
-        self._mode.__enter__()
-
-    def restore(self) -> None:
-        leave_function_modes(self._found)
-
-
-class _RightKernels(TorchFunctionMode):
-    """Write out fused kernels whose derivatives torch gets wrong, or which hide where weights enter.
-
-    Weight norm has a wrong second one (its gradgradcheck fails). Norms by statistics of the input have a wrong third
-    one, since their second takes these statistics for constants; they are written out where that is requested.
-
-    Attributes:
-        lost: By identity, the tensors whose gradient an activation checkpoint loses. A reentrant one records no node
-            where none of its arguments requires grad, so that the graph does not show that it was there.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lost: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not torch.is_grad_enabled():
-            asked = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
-            if asked and _checkpoint_records_nothing():
-                self.lost |= {id(t): t for t in asked}
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            v, g, *dim = args
-            return v * (g / torch.norm_except_dim(v, 2, *dim))
-        if func in RECURRENT:
-            return step_by_step(func, args, kwargs or {})
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            recompute_alike()
-        if _norms_written_out.get() and func in (rules := norm_rules()):
-            result = rules[func](*args, **(kwargs or {}))
-            return func(*args, **(kwargs or {})) if result is None else result
-        return func(*args, **(kwargs or {}))
-
-
-_norms_written_out: ContextVar[bool] = ContextVar("_norms_written_out", default=False)
-
-
-def norms_written_out() -> Guard:
-    """Return a context in which norms are recorded as elementary operations, which have derivatives of any order."""
-    return Setting(_norms_written_out.get, _norms_written_out.set, True)
-
-
-class GraphRecording(Guards):
-    """A context in which a graph is recorded.
+class GraphRecording(_Gradients):
+    """A context in which a graph is recorded: one guard, since a small model's forward takes no longer than several.
 
     Args:
+        mode: Puts the right kernels in place; None where the forward is known to use none of those it replaces.
         matters: Which tensors' gradients matter.
         call: The public call, for messages.
-        pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
+        attention: Attention runs on the math kernel.
     """
 
-    def __init__(self, matters: Matters, call: str, pulled: bool) -> None:
-        self._mode, self._matters, self._call = _RightKernels(), matters, call
-        attention = () if pulled else (math_attention(),)
-        super().__init__(_Gradients(True), *attention, _Mode(self._mode), _FreshAutocastCache())
+    def __init__(self, mode: RightKernels | None, matters: Matters, call: str, attention: bool) -> None:
+        super().__init__(True)
+        self._mode, self._matters, self._call, self._attention = mode, matters, call, attention
+
+    def save(self) -> None:
+        super().save()
+        self._modes = function_modes()
+
+    def change(self) -> None:
+        super().change()
+        if self._attention:
+            ATTENTION.enter(self, MATH)
+        if self._mode is not None:
+            self._mode.__enter__()
+        # A weight cast under no_grad in the caller's autocast would be reused inside without its graph, and vice versa.
+        torch.clear_autocast_cache()
+
+    def restore(self) -> None:
+        leave_function_modes(self._modes)
+        torch.clear_autocast_cache()
+        if self._attention:
+            ATTENTION.leave(self)
+        super().restore()
 
     def __exit__(self, kind: object = None, *rest: object) -> None:
         super().__exit__(kind, *rest)
-        if kind is None and any(self._matters(tensor) for tensor in self._mode.lost.values()):
+        lost = () if kind is not None or self._mode is None else self._mode.lost.values()
+        if any(map(self._matters, lost)):
             raise NotDifferentiableError(
                 f"{self._call + ': a' if self._call else 'A'} reentrant activation checkpoint takes no argument that "
                 "requires grad, so torch records nothing of what it computes and the derivative by the parameters used "
@@ -227,20 +159,29 @@ class GraphRecording(Guards):
             )
 
 
-def recording(matters: Matters = lambda tensor: True, call: str = "", pulled: bool = False) -> GraphRecording:
+def recording(
+    matters: Matters = lambda tensor: True,
+    call: str = "",
+    pulled: bool = False,
+    watch: SideEffectWatch | None = None,
+    plain: bool = False,
+) -> GraphRecording:
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
 
     Args:
         matters: Which tensors' gradients matter; those of all that require grad by default.
         call: The public call, for messages.
         pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
+        watch: Where it is noted that a kernel is replaced.
+        plain: No kernel is replaced: the graph will be compared with one of a recording that had none to replace.
 
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
             reentrant checkpoint lost the gradient of a tensor that matters.
     """
     refuse_transforms()
-    return GraphRecording(matters, call, pulled)
+    plain = plain and not writes_norms_out()
+    return GraphRecording(None if plain else RightKernels(watch), matters, call, not (plain or pulled))
 
 
 def sweeping(like: Tensor) -> Guards:
@@ -260,6 +201,8 @@ def is_sweeping(like: Tensor) -> bool:
 
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
     """Assemble results in the gradient mode that the call needs, whatever the caller's is."""
+    if create_graph and not inference and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return _UNCHANGED
     return _Gradients(create_graph, inference)
 
 
@@ -270,12 +213,15 @@ def keeping(create_graph: bool) -> AbstractContextManager[object]:
 
 def random_states() -> list[Any]:
     """Return the global random states, those of devices included."""
-    return [torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None]
+    return [
+        torch.default_generator.get_state(),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+    ]
 
 
 def set_random_states(states: Sequence[Any]) -> None:
     """Set the global random states."""
-    torch.set_rng_state(states[0])
+    torch.default_generator.set_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state_all(states[1])
 

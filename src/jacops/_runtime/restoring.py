@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
@@ -74,7 +74,10 @@ class Guard(ABC):
 
 def entered(kind: type[Guard]) -> bool:
     """Return whether a guard of this kind is entered in this thread."""
-    return any(type(guard) is kind for guard in _entered.guards)
+    for guard in _entered.guards:  # noqa: SIM110 - a generator takes longer than the loop
+        if type(guard) is kind:
+            return True
+    return False
 
 
 class Guards(Guard):
@@ -120,38 +123,35 @@ def leave_function_modes(many: int) -> None:
         _pop_torch_function_stack()
 
 
-class _State:
-    """What the thread's cheap global states were: gradient mode, stacks of modes, entered guards."""
+def _flags() -> list[bool]:
+    return [getattr(dispatch_modes, name) for name in _FLAGS]
 
-    __slots__ = ("dispatch", "flags", "functions", "grad", "guards")
 
-    def __init__(self) -> None:
-        self.guards = len(_entered.guards)
-        self.functions = function_modes()
-        self.dispatch = _len_torch_dispatch_stack()
-        self.flags = [getattr(dispatch_modes, name) for name in _FLAGS] if self.dispatch else None
-        self.grad = torch.is_grad_enabled()
+def _restore(guards: int, functions: int, dispatch: int, grad: bool, flags: Sequence[bool] | None) -> None:
+    """Restore a thread's cheap global states, the modes first: what follows must not go through a mode that was left.
 
-    def restore(self) -> None:
-        """Restore them, the modes first: what follows must not go through a mode that was left."""
-        leave_function_modes(self.functions)
-        while _len_torch_dispatch_stack() > self.dispatch:
-            mode = _get_dispatch_stack_at(_len_torch_dispatch_stack() - 1)
-            _pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))  # torch keeps some modes of its own by key
-        self._restore_flags()
-        _release_lock()
-        guards = _entered.guards
-        while len(guards) > self.guards:
-            guards[-1].restore()
-            guards.pop()
-        if torch.is_grad_enabled() is not self.grad:
-            torch.set_grad_enabled(self.grad)
-
-    def _restore_flags(self) -> None:
-        for i, name in enumerate(_FLAGS):
-            setattr(dispatch_modes, name, self.flags[i] if self.flags else False)
-        if _set_flag_in_torch is not None:
-            _set_flag_in_torch(getattr(dispatch_modes, "_is_in_any_mode_without_ignore_compile_internals", False))
+    Args:
+        guards: How many guards were entered.
+        functions: How many function modes were.
+        dispatch: How many dispatch modes were.
+        grad: The gradient mode.
+        flags: Torch's flags about dispatch modes; None where there was no such mode.
+    """
+    leave_function_modes(functions)
+    while _len_torch_dispatch_stack() > dispatch:
+        mode = _get_dispatch_stack_at(_len_torch_dispatch_stack() - 1)
+        _pop_torch_dispatch_stack(getattr(mode, "_mode_key", None))  # torch keeps some modes of its own by key
+    for name, flag in zip(_FLAGS, flags or [False] * len(_FLAGS), strict=True):
+        setattr(dispatch_modes, name, flag)
+    if _set_flag_in_torch is not None:
+        _set_flag_in_torch(getattr(dispatch_modes, "_is_in_any_mode_without_ignore_compile_internals", False))
+    _release_lock()
+    entered = _entered.guards
+    while len(entered) > guards:
+        entered[-1].restore()
+        entered.pop()
+    if torch.is_grad_enabled() is not grad:
+        torch.set_grad_enabled(grad)
 
 
 def _release_lock() -> None:
@@ -167,15 +167,16 @@ def restoring(function: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        state = _State()
+        guards, functions, dispatch = len(_entered.guards), function_modes(), _len_torch_dispatch_stack()
+        grad, flags = torch.is_grad_enabled(), _flags() if dispatch else None
         try:
             try:
                 return function(*args, **kwargs)
             except BaseException:
-                state.restore()
+                _restore(guards, functions, dispatch, grad, flags)
                 raise
         except BaseException:
-            state.restore()
+            _restore(guards, functions, dispatch, grad, flags)
             raise
 
     return call

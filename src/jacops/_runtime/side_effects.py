@@ -62,6 +62,8 @@ class SideEffects:
         writes: It writes into its weights.
         packs: It saves tensors through hooks (checkpoints), which compute them again when they are looked at.
         coarse: The coarsest floating-point dtype that it computed in.
+        plain: A recording had nothing to replace in it and loses nothing of it, so that the next one is made without a
+            look at each operation; its graph shows whether that was right.
     """
 
     reads: tuple[str, ...] = ()
@@ -69,6 +71,7 @@ class SideEffects:
     writes: bool = False
     packs: bool = False
     coarse: torch.dtype | None = None
+    plain: bool = False
 
 
 class SideEffectWatch:
@@ -79,13 +82,14 @@ class SideEffectWatch:
             input may take another path.
         draws: Random operations.
         packs: Tensors are saved through hooks.
+        replaces: A recording put another computation in the place of a kernel.
         coarse: The coarsest floating-point dtype of a result.
     """
 
     def __init__(self, guarded: Iterable[Tensor] = ()) -> None:
         self.reads: dict[str, None] = {}
         self.draws: dict[str, None] = {}
-        self.packs = False
+        self.packs = self.replaces = False
         self.coarse: torch.dtype | None = None
         self.guarded = {storage_of(tensor) for tensor in guarded}
         self._stack = ExitStack()
@@ -98,9 +102,15 @@ class SideEffectWatch:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def effects(self, writes: bool) -> SideEffects:
-        """Return what was seen, as a record."""
-        return SideEffects(tuple(self.reads), tuple(self.draws), writes, self.packs, self.coarse)
+    def effects(self, writes: bool, shown: bool) -> SideEffects:
+        """Return what was seen, as a record.
+
+        Args:
+            writes: The forward writes into its weights.
+            shown: Its graph shows all that was recorded.
+        """
+        plain = shown and not self.replaces
+        return SideEffects(tuple(self.reads), tuple(self.draws), writes, self.packs, self.coarse, plain)
 
     def note_result(self, result: Any) -> None:
         """Note the dtype of a result, and whether tensors are saved as they are."""

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .._runtime.agreement import tolerance
-from .._runtime.contexts import arithmetic, autocast_on, norms_written_out, private_noise, sweeping
+from .._runtime.contexts import arithmetic, autocast_on, private_noise, sweeping
+from .._runtime.kernels import norms_written_out
 from .._runtime.restoring import restoring
 from .._runtime.rows import dense, plain
 from .._torch.protocol import RECORDED, JacobianFunction, Lost, Samples, pull_noting_losses

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._runtime.contexts import norms_written_out, out_of_inference, random_state_kept, recording
+from .._runtime.contexts import out_of_inference, random_state_kept, recording
+from .._runtime.kernels import norms_written_out
 from .._runtime.restoring import restoring
 from .._trees import Tree, output_leaves
 from ..errors import InputError, InputTypeError, NotDifferentiableError, SolveError

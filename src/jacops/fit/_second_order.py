@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .._runtime.contexts import must_surface, norms_written_out, random_state_kept, recording
+from .._runtime.contexts import must_surface, random_state_kept, recording
+from .._runtime.kernels import norms_written_out
 from .._runtime.restoring import restoring
 from ._certificate import MOST_REDUCTION, Certificate
 from ._implicit import Minima, factorised_hessians

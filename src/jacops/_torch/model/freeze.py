@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..._runtime.contexts import reentrant_checkpoint
+from ..._runtime.kernels import reentrant_checkpoint
 from ..._runtime.restoring import restoring
 from ...errors import InputError, InputTypeError, ModelStateError
 from .frozen_functions import applied, check_values, note_gates, unfrozen

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +22,35 @@ class _NoBroadcast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(func is loss for loss in _ELEMENTWISE_LOSSES):
-            shapes = [tuple(t.shape) for t in [*args, *kwargs.values()] if isinstance(t, Tensor)][:2]
-            if len(set(shapes)) > 1:
-                came = f"of shape {shapes[1]}"
-                needed = f"the model's output has shape {shapes[0]} and the loss ({func.__name__}) is elementwise"
-                todo = ", e.g. `y.unsqueeze(-1)`" if len(shapes[1]) < len(shapes[0]) else ""
-                raise InputError.of("y", came, needed, f"Give both the same shape{todo}.")
+            _refuse_broadcast(func.__name__, [*args, *kwargs.values()])
         return func(*args, **kwargs)
 
 
 _ELEMENTWISE_LOSSES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE = frozenset(loss.__name__ for loss in _ELEMENTWISE_LOSSES)
+
+
+def _refuse_broadcast(name: str, values: Sequence[Any]) -> None:
+    """Refuse an output and a target of different shapes, the first two tensors that an elementwise loss was given.
+
+    Raises:
+        InputError: They are.
+    """
+    shapes = [tuple(t.shape) for t in values if isinstance(t, Tensor)][:2]
+    if len(set(shapes)) > 1:
+        came = f"of shape {shapes[1]}"
+        needed = f"the model's output has shape {shapes[0]} and the loss ({name}) is elementwise"
+        todo = ", e.g. `y.unsqueeze(-1)`" if len(shapes[1]) < len(shapes[0]) else ""
+        raise InputError.of("y", came, needed, f"Give both the same shape{todo}.")
 
 
 @restoring
+def _unbroadcast(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
+    """Return what a user's own loss gives, whose calls of torch's losses go through a mode."""
+    with _NoBroadcast():
+        return loss(output, target)
+
+
 def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
     """Return `loss(output, target)`.
 
@@ -42,13 +58,17 @@ def call_loss(loss: Callable[[Any, Any], Any], output: Any, target: Any) -> Any:
         InputError: The target would broadcast against the output, or a loss of torch's takes no such output or target:
             this one, or one that it calls.
     """
+    known = torch_loss(loss)
     try:
-        with _NoBroadcast():
-            return loss(output, target)
+        if known is None:
+            return _unbroadcast(loss, output, target)
+        if known in _ELEMENTWISE:
+            _refuse_broadcast(known, (output, target))
+        return loss(output, target)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         if isinstance(error, JacopsError) or must_surface(error):
             raise
-        name = torch_loss(loss) or _failing(error)
+        name = known or _failing(error)
         if name is None:
             error.add_note(f"{_named(loss)} was given an output {_shown(output)}, a target {_shown(target)}.")
             raise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._ladder.route import answer
-from ..._runtime.contexts import norms_written_out
+from ..._runtime.kernels import norms_written_out
 from ..._runtime.rows import Rows
 from ..._trees import Tree, is_differentiable, output_leaves
 from ..sweeps.ask import SweepAsk

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, flatten, is_differentiable, output_leaves, select
@@ -28,7 +29,8 @@ from ..model.targets import SampleTarget
 from ..sweeps.graph import inspect_graph
 from ..sweeps.linearization import Linearization
 from ..sweeps.proofs import ProofStore, store_for
-from ..sweeps.record import setting, watched
+from ..sweeps.record import setting
+from ..sweeps.watched import watched
 from .bottleneck import separates, widths_noted
 
 
@@ -131,7 +133,7 @@ class Runner:
     def _watched(
         self, values: Sequence[Tensor], effects: SideEffects, watch: SideEffectWatch | None
     ) -> tuple[Run, Linearization]:
-        done = self.record(values, effects, None, watch)
+        done = self.record(values, effects, None, watch, plain=effects.plain and not self.create_graph)
         return done, done.lin
 
     def store(self, values: Sequence[Tensor]) -> ProofStore:
@@ -207,6 +209,7 @@ class Runner:
         path: str | None = None,
         watch: SideEffectWatch | None = None,
         state: dict[str, Tensor] | None = None,
+        plain: bool = False,
     ) -> Run:
         """Record one forward, cut at `path` if there is one; under a `watch` learn the widths of layers.
 
@@ -216,6 +219,7 @@ class Runner:
             path: A submodule to cut at.
             watch: Notes what the forward does besides arithmetic.
             state: Take these parameters and buffers instead of the model's.
+            plain: No kernel is replaced: whether that was right is seen from the graph.
         """
         refuse_transforms()  # before weights are copied
         # With a graph, results are differentiated once more than fused norms have derivatives.
@@ -223,7 +227,7 @@ class Runner:
         # In the function mode of a recording every look at a tensor's shape is a call in Python: copies come first.
         with arithmetic(True), watching:
             private = self._private(values, self.replica(effects.writes))
-        with recording(), random_state_kept(), watching, written:
+        with recording(watch=watch, plain=plain), random_state_kept(), watching, written:
             done = self._ran(values, private, path, watch is not None, state)
         return self._recorded(done, private, path)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -165,6 +165,22 @@ def _context(node: Any) -> Any:
     """Return the numbers, flags and words that a Python Function keeps on its context."""
     kept = getattr(node, "__dict__", None) or {}
     return tuple((name, value) for name, value in kept.items() if isinstance(value, _PLAIN))
+
+
+def shows_all(info: GraphInfo, start: int) -> bool:
+    """Return whether a graph holds all that torch recorded in this thread from its node `start` on, and no more.
+
+    Every node gets a number, also one that nothing refers to: that of a Python Function whose arguments need no
+    gradient, as a reentrant checkpoint is that loses those of the weights inside. No wiring shows these. What runs
+    inside of a Python Function does not show either.
+    """
+    made, held = next_node() - start, len(info.nodes) - len(info.leaves)
+    return not info.functions and made == held and min(map(_number, info.nodes), default=start) >= start
+
+
+_number = methodcaller("_sequence_nr")
+# Torch's counter of nodes is not public; without one it is not known what a graph shows.
+next_node: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr", lambda: -1)
 
 
 def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]:

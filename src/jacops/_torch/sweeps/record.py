@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..._runtime.agreement import coarsest
-from ..._runtime.contexts import arithmetic, norms_written_out, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
-from ..._runtime.side_effects import SideEffects, SideEffectWatch, WritesState
+from ..._runtime.side_effects import SideEffects, SideEffectWatch
 from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
@@ -23,9 +24,8 @@ from ..model.structure import ModelStructure, PlainFunction, check_state, struct
 from .graph import reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
+from .watched import watched
 from .weights import Weights, weights_of
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -83,46 +83,6 @@ def setting(structure: ModelStructure, inputs: Sequence[Tensor], *more: Any) -> 
     return (structure.key, tuple(arrays), context, *more)
 
 
-def watched(store: ProofStore, record: Callable[[SideEffects, SideEffectWatch | None], tuple[Result, Linearization]],
-            guarded: Iterable[Tensor], anew: bool = False) -> Result:  # fmt: skip
-    """Record a forward, watched where it is not known what it does besides arithmetic.
-
-    Args:
-        store: What is known of the function.
-        record: Records it, on copies of its weights if it writes into them, and under a watch if there is one.
-        guarded: What a forward must not write into.
-        anew: A new graph is expected, so that it is observed in the first run.
-
-    Raises:
-        ModelStateError: It writes into tensors that are not its own.
-    """
-    assumed, plain = None if anew else store.assumed, None
-    if assumed is not None:
-        done, lin = record(assumed, None)
-        if lin.look_up(store) is not None:
-            return done
-        plain = lin.graph_info.wiring, lin.proofs
-        del done, lin  # another graph than those that are known: what it does besides is not known either
-    for cloned in (False, True):
-        watch = SideEffectWatch([] if cloned else guarded)
-        try:
-            done, lin = record(SideEffects(writes=cloned), watch)
-        except WritesState:
-            continue
-        effects = watch.effects(cloned)
-        lin.look_up(store, effects)
-        if plain is None or plain[0] == lin.graph_info.wiring or effects.reads:
-            return done
-        # Torch has other formulas for some operations (the determinant) while a dispatch mode watches.
-        plain[1].effects = effects
-        del done, lin
-        done, lin = record(effects, None)
-        lin.look_up(store)
-        return done
-    came = "writing into tensors that are not its own"
-    raise ModelStateError.of("model", came, "its forward must not modify such tensors")
-
-
 @dataclass(eq=False, kw_only=True)
 class ModelRun:
     """One run of a model, on private copies, that is recorded.
@@ -178,6 +138,10 @@ class ModelRun:
     copies: dict[int, Tensor] = field(init=False)
 
     @property
+    def _pulled(self) -> bool:
+        return self.pulled and not self.connected
+
+    @property
     def owner(self) -> Any:
         """What proofs are kept with: a function itself, not the module that represents it in this run."""
         module = self.structure.model
@@ -202,7 +166,7 @@ class ModelRun:
         tensors = [t for t in given if isinstance(t, Tensor)]
         others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
         asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
-        key = setting(structure, tensors, "whole", self.training, self.at, *asked)
+        key = setting(structure, tensors, "whole", self._pulled, self.training, self.at, *asked)
         store = store_for(self.owner, key, self.checks, _rows(tensors))
         guarded = [*structure.parameters.values(), *self.copies.values()]
         found = watched(store, self._record, guarded, self.anew)
@@ -221,8 +185,8 @@ class ModelRun:
             replica = self._replica(effects.writes)
             with watching:
                 copied, inputs = private_inputs(*self.given, self.connected)
-        pulled = self.pulled and not self.connected
-        with recording(pulled=pulled), random_state_kept(), watching, written:
+        plain = effects.plain and not self.connected
+        with recording(pulled=self._pulled, watch=watch, plain=plain), random_state_kept(), watching, written:
             before, hidden = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
