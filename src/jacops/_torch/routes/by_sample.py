@@ -114,7 +114,9 @@ class SampleFactors:
         return self._filled(Collected(self.count, self.output.numel(), self.layers, whole))
 
     def _filled(self, collected: Any) -> Any:
-        ask = RowsAsk(Question.SAMPLES, self.what.call, self.lin.proofs, rows=self, collected=collected)
+        # A question of its own: that rules of layers fail for one sample alone is no refusal of plain sweeps.
+        question = Question.SAMPLES if self.layers.sites else Question.SAMPLES_PLAINLY
+        ask = RowsAsk(question, self.what.call, self.lin.proofs, rows=self, collected=collected)
         for ask.where in self._batches():
             answer(ask, _BATCHES)
         self.route = ask.routes[ask.question]
@@ -128,7 +130,7 @@ class SampleFactors:
 
     def apart(self, ask: RowsAsk) -> None:
         """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
-        known = ask.verdicts.refusal(ask.question, RouteName.TOGETHER)
+        known = ask.verdicts.refusal(Question.SAMPLES, RouteName.TOGETHER)
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
         if (failed or known) and not (ask.warned or self.what.forced):
             ask.warned = True
