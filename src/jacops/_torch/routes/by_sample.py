@@ -28,7 +28,7 @@ from ...errors import ModelStateError
 from ..layers.collected import Collected, StructureChangedError
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
+from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, rows_differ, with_reads
 from ..sweeps.record import Recording
 from .handed import Handed
 from .row_cotangents import RowSlopes
@@ -46,6 +46,7 @@ class Definition:
 
     Attributes:
         values: The tensors of all samples, first axis samples.
+        inputs: How many of them, from the first, the model is given; the others are targets.
         alone: Records one sample alone: its values -> a linearization with one output, whose entries are the rows.
         together: Records the model's outputs for several samples: their values -> a linearization.
         cotangents: A loss's cotangents of a batch, row by row, and the losses; None where rows are the outputs
@@ -57,6 +58,7 @@ class Definition:
     """
 
     values: Sequence[Tensor]
+    inputs: int
     alone: Callable[[Sequence[Tensor]], Recording]
     together: Callable[[Sequence[Tensor]], Recording]
     cotangents: Callable[[Recording, Sequence[Tensor]], RowSlopes] | None
@@ -233,7 +235,7 @@ class SampleFactors:
         self._fill_batch(ask.collected, where, lin, seeds)
         if fresh:
             self._check_rows(ask.collected, where, lin, seeds)
-            if any(bool((v != v[:1]).any()) for v in values):  # equal rows prove nothing: they agree anyway
+            if rows_differ(values[: self.what.inputs]):  # targets tell apart no samples that the model mixes
                 lin.proofs.remember(*route)
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)
