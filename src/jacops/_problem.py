@@ -103,7 +103,8 @@ class Problem(Described):
         options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
         self.objective = objective_of(model, loss, options)
         self.objective.check_state()
-        self.data, self.progress = Batches.of(data, "data", unpack, ordered=False), progress
+        alone = self.objective.seed is not None
+        self.data, self.progress = Batches.of(data, "data", unpack, ordered=False, alone=alone), progress
         if not self.objective.space.dim:
             came = f"a {type(self.objective.model).__name__} without parameters to differentiate"
             raise ModelStateError.of("model", came, "at least one must be a floating-point parameter that is trainable")
