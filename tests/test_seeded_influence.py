@@ -68,3 +68,20 @@ def test_masks_are_the_same_for_every_sample_of_a_batch(functional: bool, size: 
         torch.testing.assert_close(problem.ggn().dense(), matrix)
         torch.testing.assert_close(problem.gradient(), gradients.mean(0))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_wrong_reduction_is_refused_with_dropout_too(size: int) -> None:
+    model, x, y = Net(False).train(), torch.randn(8, 4, dtype=F64), torch.arange(8) % 3
+    data = list(zip(x.split(size), y.split(size), strict=True))
+
+    def summed(output: Tensor, y: Tensor) -> Tensor:
+        return loss(output, y, reduction="sum")
+
+    for reduction in ("mean", "sum"):
+        problem = jacops.Problem(model, summed, data, reduction=reduction, randomness="same", seed=3)
+        if reduction == "sum":
+            torch.testing.assert_close(problem.gradient(), alone(model, x, y, 3)[0].sum(0))
+        else:
+            with pytest.raises(jacops.errors.InputError, match="`reduction` is 'mean'"):
+                problem.gradient()

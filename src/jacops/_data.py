@@ -75,6 +75,7 @@ class Batches:
         given: What the caller passed.
         shuffles: The kind of sampler that was left out, None for a loader that has an order.
         alone: Rows are read one at a time: in a batch, each would have random numbers of its own.
+        latest: The batch, as it was given, that is being read.
 
     Raises:
         DataError: It can be read once only, or it shuffles, or its passes need not see every row once.
@@ -104,6 +105,7 @@ class Batches:
         self.loader, self.name, self.unpack, self.alone = loader, name, unpack, False
         if self.shuffles is not None:
             self.loader = self.in_order().loader if ordered else without_shuffling(loader, name)
+        self.latest: Batch | None = None
         self._digests: list[int] | None = None
         self._known: dict[int, tuple[list[Any], int]] = {}
         self._rows = 0
@@ -202,9 +204,11 @@ class Batches:
             batch, digest = self._read(raw, number)
             self._compare(number, digest)
             digests.append(digest)
+            self.latest = batch
             copies.note(batch)
             yield from self._one_by_one(batch, rows) if self.alone else (batch,)
             rows += batch.rows
+        self.latest = None
         copies.refuse(self.name)
         if not digests:
             raise DataError.of(self.name, "empty", "at least one batch is needed")
