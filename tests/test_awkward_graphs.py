@@ -140,3 +140,23 @@ def test_what_samples_alike_seem_to_prove_is_not_remembered(call: str, between: 
     for x in (alike, alike, torch.randn(5, 3).double(), torch.randn(5, 3).double()):
         found, expected = CALLS[call](model, x, torch.randn(5, 2).double())
         torch.testing.assert_close(found, expected)
+
+
+# ---- the caller's autocast -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_solves_inside_autocast_work_in_the_dtype_of_the_parameters(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = [(torch.randn(20, 6), torch.arange(20) % 3)]
+    given: dict[str, Any] = {"loss": nn.functional.cross_entropy, "test_data": data, "damping": 0.1, "solver": "direct"}
+    outside = jacops.compute_influences(model, data, **given).values
+    matrix, vector = jacops.linalg.Matrix(torch.randn(5, 4)), torch.randn(4)
+    products = matrix @ vector, matrix.T @ torch.ones(5)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = jacops.compute_influences(model, data, **given).values
+        for found, expected in zip((matrix @ vector, matrix.T @ torch.ones(5)), products, strict=True):
+            torch.testing.assert_close(found, expected)
+    assert inside.dtype == torch.float32
+    assert float((inside - outside).norm() / outside.norm()) < 0.05

@@ -253,6 +253,11 @@ def sweeping(like: Tensor) -> Guards:
 _UNCHANGED = Guards()
 
 
+def in_own_dtype(like: Tensor) -> Guards:
+    """Multiply matrices in their own dtype, also inside the caller's autocast: factorisations take no other one."""
+    return Guards(_no_autocast(like.device.type)) if autocast_on([like]) else _UNCHANGED
+
+
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
     """Assemble results in the gradient mode that the call needs, whatever the caller's is."""
     return _Gradients(create_graph, inference)
