@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jacops.errors import ModelStateError
+from jacops.errors import ModelStateError, NotDifferentiableError
 from jacops.fit import LeastSquaresResult, gauss_newton, least_squares_batch, levenberg_marquardt
 from jacops.fit._sequences import Sequences, sum_of_steps
 
@@ -277,3 +277,52 @@ def test_saddles_where_a_jacobian_that_is_not_zero_lacks_rank_are_no_success(nam
     assert torch.linalg.eigvalsh(hessian)[0] < -1e-3
     assert not found.success
     assert "saddle" in found.message
+
+
+class Changing:
+    """A residual that is another one from its third call on."""
+
+    def __init__(self, before: Callable[[Tensor], Any], after: Callable[[Tensor], Any]) -> None:
+        self.before, self.after, self.calls = before, after, 0
+
+    def __call__(self, x: Tensor) -> Any:
+        self.calls += 1
+        return (self.before if self.calls < 3 else self.after)(x - 1)
+
+
+@pytest.mark.parametrize("jacobian", ["auto", "dense", "sparse"])
+@pytest.mark.parametrize("kernel", [None, "huber"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (lambda x: x, lambda x: x[:2]),
+        (lambda x: x[:2], lambda x: x),
+        (lambda x: (x, x.sin()), lambda x: (x,)),
+        (lambda x: x, lambda x: x.sum()),
+    ],
+)
+def test_residuals_that_change_their_shape_are_refused(
+    before: Callable[[Tensor], Any], after: Callable[[Tensor], Any], kernel: str | None, jacobian: str
+) -> None:
+    model = Changing(before, after)
+    with pytest.raises((ModelStateError, NotDifferentiableError), match="keep their shapes|shape of"):
+        levenberg_marquardt(model, params=torch.full((4,), 3.0, dtype=F64), kernel=kernel, jacobian=jacobian)
+
+
+def test_rows_that_are_left_out_at_some_points_are_refused() -> None:
+    """Fewer rows have a smaller sum of squares: a step that leaves some out would look like a good one."""
+    with pytest.raises(ModelStateError, match=r"returning \(0,\) after \(2,\).*by zero"):
+        levenberg_marquardt(lambda x: (x - 3)[x.detach() < 2], params=at(0.0, 1.9), max_steps=50)
+
+
+@pytest.mark.filterwarnings("ignore:least_squares_batch")
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_residuals_of_batches_that_change_their_shape_are_refused(vectorized: bool) -> None:
+    calls = [0]
+
+    def model(x: Tensor) -> Tensor:
+        calls[0] += 1
+        return (x - 3)[..., : 3 + calls[0] % 2]
+
+    with pytest.raises(ModelStateError, match="shapes"):
+        least_squares_batch(model, params=torch.zeros(3, 4, dtype=F64), vectorized=vectorized)

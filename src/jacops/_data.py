@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,8 @@ class Batches:
     Attributes:
         given: What the caller passed.
         shuffles: The kind of sampler that was left out, None for a loader that has an order.
+        alone: Rows are read one at a time: in a batch, each would have random numbers of its own.
+        latest: The batch, as it was given, that is being read.
 
     Raises:
         DataError: It can be read once only, or it shuffles, or its passes need not see every row once.
@@ -81,9 +83,12 @@ class Batches:
     """
 
     @classmethod
-    def of(cls, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True) -> Batches:
+    def of(
+        cls, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True, alone: bool = False
+    ) -> Batches:
         """Return `loader` as batches; one that is already stays, and goes on comparing its passes."""
         found = loader if isinstance(loader, Batches) else cls(loader, name, unpack, ordered)
+        found.alone = found.alone or alone
         return found.in_order() if ordered else found
 
     def __init__(self, loader: Any, name: str, unpack: Unpack | None = None, ordered: bool = True) -> None:
@@ -97,9 +102,10 @@ class Batches:
             came = "a generator, which can be read once"
             raise DataError.of(name, came, "several passes are needed", "Pass a list or a DataLoader.")
         self.shuffles = kind_of_random(loader)
-        self.loader, self.name, self.unpack = loader, name, unpack
+        self.loader, self.name, self.unpack, self.alone = loader, name, unpack, False
         if self.shuffles is not None:
             self.loader = self.in_order().loader if ordered else without_shuffling(loader, name)
+        self.latest: Batch | None = None
         self._digests: list[int] | None = None
         self._known: dict[int, tuple[list[Any], int]] = {}
         self._rows = 0
@@ -169,7 +175,8 @@ class Batches:
     @property
     def count(self) -> int:
         """Batches of a pass; reads the data once if no pass was made yet."""
-        return len(self._read_once())
+        read = len(self._read_once())
+        return self._rows if self.alone else read
 
     @property
     def digest(self) -> str:
@@ -197,9 +204,11 @@ class Batches:
             batch, digest = self._read(raw, number)
             self._compare(number, digest)
             digests.append(digest)
-            rows += batch.rows
+            self.latest = batch
             copies.note(batch)
-            yield batch
+            yield from self._one_by_one(batch, rows) if self.alone else (batch,)
+            rows += batch.rows
+        self.latest = None
         copies.refuse(self.name)
         if not digests:
             raise DataError.of(self.name, "empty", "at least one batch is needed")
@@ -208,10 +217,15 @@ class Batches:
             raise DataError.of(self.name, came, f"the first pass had {len(self._digests)}")
         self._digests, self._rows = digests, rows
 
+    def _one_by_one(self, batch: Batch, first: int) -> Iterator[Batch]:
+        for row in range(batch.rows):
+            yield replace(batch.part(slice(row, row + 1)), place=(self, first + row))
+
     def tracked(self, what: str, enabled: bool | None = None) -> Iterable[Batch]:
         """Yield as `iter` does, behind a progress bar."""
-        known = self._digests if self._digests is not None else self.loader
-        return track(self, what, enabled=enabled, total=len(known) if isinstance(known, Sized) else None)
+        known = range(self.count) if self._digests is not None else self.loader
+        total = len(known) if isinstance(known, Sized) and not (self.alone and known is self.loader) else None
+        return track(self, what, enabled=enabled, total=total)
 
     def _compare(self, number: int, digest: int) -> None:
         if self._digests is not None and (number >= len(self._digests) or self._digests[number] != digest):

@@ -172,7 +172,7 @@ def gradients_at(
         return row_cotangents(batch.lin, loss, values[inputs:], build, create_graph)
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, cotangents, "sample_gradients", *_ways(options), model, forced)
+    what = Definition(values, inputs, alone, together, cotangents, "sample_gradients", *_ways(options), model, forced)
     what = what if kept is None else replace(what, sample=kept.sample)
     return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
@@ -248,7 +248,7 @@ def jacobians_at(
         picks |= {name: value for name, value in options.items() if name != "aside"}
         return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks))
     refuse_mixing_modules(model, random=seed is None)
-    (values, tree, _), picks = given.apart, given.picks
+    (values, tree, inputs), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
     values = values if picks is None else [*values, picks.places]
     purpose = None if picks is None else "target"
@@ -266,7 +266,7 @@ def jacobians_at(
         return alone(some) if record is None or len(some[0]) < len(values[0]) else _one_output(record())
 
     forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, alone, together, None, "sample_jacobians", *_ways(options), model, forced)
+    what = Definition(values, inputs, alone, together, None, "sample_jacobians", *_ways(options), model, forced)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape

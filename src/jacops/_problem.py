@@ -103,7 +103,8 @@ class Problem(Described):
         options = ObjectiveOptions(parameters=parameters, reduction=reduction, randomness=randomness, seed=seed)
         self.objective = objective_of(model, loss, options)
         self.objective.check_state()
-        self.data, self.progress = Batches.of(data, "data", unpack, ordered=False), progress
+        alone = self.objective.seed is not None
+        self.data, self.progress = Batches.of(data, "data", unpack, ordered=False, alone=alone), progress
         check_dimension(self.objective)
         self.ridge = ridge_of(l2, self.objective.space)
         self.l2 = l2

@@ -116,7 +116,7 @@ def _read(problem: Any) -> list[float]:
         if first is None and not objective.losses.ignores(batch.y):
             first = problem.at(batch)
             with InBatch(number):
-                first.objective.check_reduction(first.batch)
+                first.objective.check_reduction(problem.data.latest if problem.data.alone else first.batch)
             if problem.ranks.owns(number_of(batch)):
                 problem.keep(first)
         if first is not None:

@@ -11,6 +11,7 @@ class Question(StrEnum):
     PULL = "pull"
     PUSH = "push"
     SAMPLES = "samples"
+    SAMPLES_PLAINLY = "samples without factors"
     LOSSES = "losses"
 
 

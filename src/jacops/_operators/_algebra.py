@@ -8,6 +8,8 @@ from typing import final
 
 from torch import Tensor
 
+from .._runtime.contexts import in_own_dtype
+from .._runtime.restoring import restoring
 from .._space import Space
 from .._torch.protocol import ByLayers
 from ._base import COMPOSED, Operator, check_same
@@ -274,11 +276,15 @@ class Matrix(Operator):
             if getattr(self, side) is None:
                 object.__setattr__(self, side, Space.flat(self.matrix.shape[axis], name, self.matrix))
 
+    @restoring
     def _apply(self, rows: Tensor) -> Tensor:
-        return rows @ self.matrix.T
+        with in_own_dtype(rows):
+            return rows @ self.matrix.T
 
+    @restoring
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        return rows @ self.matrix
+        with in_own_dtype(rows):
+            return rows @ self.matrix
 
     _own = "in memory"
 

@@ -265,12 +265,13 @@ class BlockDiagonal(OnSpace, Composite):
     space: Space
 
     def _apply(self, rows: Tensor) -> Tensor:
-        parts = rows.split([block.shape[1] for block in self.blocks], 1)
-        return torch.cat([block._apply(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
+        parts = zip(self.blocks, rows.split([block.shape[1] for block in self.blocks], 1), strict=True)
+        # Outputs that autocast made coarser have products in their dtype.
+        return torch.cat([block._apply(part) for block, part in parts], 1).to(rows.dtype)
 
     def _apply_transpose(self, rows: Tensor) -> Tensor:
-        parts = rows.split([block.shape[0] for block in self.blocks], 1)
-        return torch.cat([block._apply_transpose(part) for block, part in zip(self.blocks, parts, strict=True)], 1)
+        parts = zip(self.blocks, rows.split([block.shape[0] for block in self.blocks], 1), strict=True)
+        return torch.cat([block._apply_transpose(part) for block, part in parts], 1).to(rows.dtype)
 
     @property
     def _parts(self) -> tuple[Operator, ...]:

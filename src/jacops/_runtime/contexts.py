@@ -199,6 +199,11 @@ def is_sweeping(like: Tensor) -> bool:
     return torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not autocast_on([like])
 
 
+def in_own_dtype(like: Tensor) -> Guards:
+    """Multiply matrices in their own dtype, also inside the caller's autocast: factorisations take no other one."""
+    return Guards(_no_autocast(like.device.type)) if autocast_on([like]) else _UNCHANGED
+
+
 def arithmetic(create_graph: bool, inference: bool = False) -> Guard:
     """Assemble results in the gradient mode that the call needs, whatever the caller's is."""
     if create_graph and not inference and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():

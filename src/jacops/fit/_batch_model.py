@@ -25,7 +25,7 @@ from .._torch.protocol import (
     structure_of,
 )
 from .._trees import Tree, output_leaves
-from ..errors import InputError, InputTypeError, warn
+from ..errors import InputError, InputTypeError, ModelStateError, warn
 from ._functions import FunctionModule, function_module
 from ._layout import Values
 
@@ -71,6 +71,10 @@ class ProblemFunction:
         """Return the residuals of many problems, stacked."""
         if self.looped:
             rows = [self.seeded(*(private(v[i]) for v in flat)) for i in range(len(flat[0]))]
+            shapes = {tuple(tuple(part.shape) for part in row) for row in rows}
+            if len(shapes) > 1:
+                came = f"returning {' or '.join(map(str, shapes))}"
+                raise ModelStateError.of("model", came, "residuals of all problems must have the same shapes")
             return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         flat = tuple(private(v) for v in flat)
         if self.vectorized:

@@ -17,8 +17,8 @@ from ._batch_points import Points, by_column, column_norms
 from ._bounds import Box, bounds_of, free_numbers
 from ._implicit import Minima
 from ._kernels import correction, kernel_of
-from ._layout import Layout, Values, layout_of
-from ._residuals import Term, array, corrected_left, problem_root, spread, weighed
+from ._layout import Layout, Values, array, layout_of
+from ._residuals import Term, corrected_left, paired, problem_root, spread, weighed
 from ._scaling import scaling_of
 from ._second_order import minima_and_saddles
 
@@ -90,7 +90,7 @@ class BatchProblem:
         """Return the objectives, (n,), by one forward pass; NaN or Inf where a residual is."""
         outputs, total = self.problems.residuals(values), np.zeros(self.many)
         with NumericWarningsIgnored("over", "invalid"):
-            for term, output in zip(self.terms, outputs, strict=True):
+            for term, output in paired(self.terms, outputs):
                 total += term.values(output).reshape(self.many, -1).sum(1) / 2
         return total
 
@@ -130,10 +130,10 @@ class BatchProblem:
         """
         outputs, blocks = self.problems.linearised(values)
         layout, parts = self._whole(self.many), []
-        for term, output, line in zip(self.terms, outputs, blocks, strict=True):
+        for (term, output), line in zip(paired(self.terms, outputs), blocks, strict=True):
             parts.append(self._weighted(term, output, self._tangent(layout, values, line)))
         cost, r, J, terms = (_side_by_side([p[i] for p in parts]) for i in range(4))
-        raw = _side_by_side([t.raw(o).reshape(self.many, -1) for t, o in zip(self.terms, outputs, strict=True)])
+        raw = _side_by_side([t.raw(o).reshape(self.many, -1) for t, o in paired(self.terms, outputs)])
         gram = np.matmul(J.swapaxes(1, 2), J)
         norms = column_norms(J, gram)
         largest = norms if largest is None else np.maximum(largest, norms)

@@ -30,6 +30,11 @@ def in_double(value: Any) -> Tensor:
     return torch.as_tensor(value, dtype=dtype).detach().as_subclass(Tensor).to("cpu", torch.float64)
 
 
+def array(output: Tensor) -> np.ndarray:
+    """Return a tensor's numbers, flat, in double precision."""
+    return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
+
+
 @dataclass(frozen=True)
 class ParameterPart:
     """One parameter.

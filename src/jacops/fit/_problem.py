@@ -46,7 +46,7 @@ from ._fit_pattern import FitPattern
 from ._functions import FunctionModule, called
 from ._implicit import Minima
 from ._layout import Layout, ParameterPart, Values, layout_of
-from ._residuals import Residuals, residuals_of
+from ._residuals import Residuals, paired, residuals_of
 from ._scaling import scaling_of
 from ._system import LinearizedFit
 
@@ -345,8 +345,10 @@ class FitProblem:
         """Return the outputs and the entries of the Jacobian by free directions, as `_pattern` places them."""
         found, self._here = self._here, None
         if not isinstance(found, SparseJacobian):
+            point = found or self.plan.recorded(self.work, self.value, "SparsePlan")
+            paired(self.residuals.terms, output_leaves(point.output)[0])
             asked = self.work, self.value, None, "scipy", self.residuals.importance
-            found = self.plan._evaluated(*asked, found)
+            found = self.plan._evaluated(*asked, point)
         outputs = [o.detach() for o in output_leaves(found.output)[0]]
         entries = found.matrix.data.astype(np.float64)
         if not np.isfinite(entries).all():

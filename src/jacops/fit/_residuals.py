@@ -16,9 +16,9 @@ from .._requirements import check_choice, check_kind
 from .._runtime.restoring import NumericWarningsIgnored, restoring
 from .._trees import Tree, flatten
 from .._words import Corrector
-from ..errors import InputError, InputTypeError, NonFiniteError, NotDifferentiableError
+from ..errors import InputError, InputTypeError, ModelStateError, NonFiniteError, NotDifferentiableError
 from ._kernels import Kernel, correction, kernel_of, left_curvature
-from ._layout import in_double
+from ._layout import array, in_double
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,19 @@ class Term:
         return weighed(self.root, self.raw(output)[:, None])[:, 0]
 
 
+def paired(terms: Sequence[Term], outputs: Sequence[Tensor]) -> list[tuple[Term, Tensor]]:
+    """Return each term with its output.
+
+    Raises:
+        ModelStateError: There are other numbers than at the start, whose sums of squares cannot be compared.
+    """
+    if [term.rows for term in terms] != [output.numel() for output in outputs]:
+        first, now = (" and ".join(str(tuple(own.shape)) for own in each) for each in (terms, outputs))
+        needed = "residuals keep their shapes in a fit: multiply rows that do not count by zero"
+        raise ModelStateError.of("model", f"returning {now} after {first}", needed)
+    return list(zip(terms, outputs, strict=True))
+
+
 @dataclass(frozen=True)
 class Residuals:
     """All terms.
@@ -119,7 +132,7 @@ class Residuals:
         """Return half the sum of the squares, or of the kernels of squared lengths."""
         total = 0.0
         with NumericWarningsIgnored("over", "invalid"):
-            for term, output in zip(self.terms, outputs, strict=True):
+            for term, output in paired(self.terms, outputs):
                 if term.kernel is None:
                     r = term.weighted(output)
                     total += float(r @ r) / 2
@@ -129,11 +142,11 @@ class Residuals:
 
     def magnitude(self, outputs: Sequence[Tensor]) -> np.ndarray:
         """Return the magnitude of the terms of each weighted residual, for its rounding errors."""
-        return np.concatenate([t.magnitude(o) for t, o in zip(self.terms, outputs, strict=True)])
+        return np.concatenate([t.magnitude(o) for t, o in paired(self.terms, outputs)])
 
     def raw(self, outputs: Sequence[Tensor]) -> np.ndarray:
         """Return outputs minus targets, neither weighted nor corrected."""
-        return np.concatenate([t.raw(o) for t, o in zip(self.terms, outputs, strict=True)])
+        return np.concatenate([t.raw(o) for t, o in paired(self.terms, outputs)])
 
     def corrected(self, outputs: Sequence[Tensor]) -> tuple[float, np.ndarray, list[np.ndarray | None]]:
         """Return the objective, the residual weighted and corrected, and what rows of the Jacobian are multiplied by.
@@ -141,7 +154,7 @@ class Residuals:
         That is for each output None, a number per row, or a matrix per block `(blocks, d, d)`.
         """
         total, residuals, lefts = 0.0, [], []
-        for term, output in zip(self.terms, outputs, strict=True):
+        for term, output in paired(self.terms, outputs):
             r, left = term.weighted(output), term.root
             if term.kernel is None:
                 total += float(r @ r) / 2
@@ -187,11 +200,6 @@ def corrected_left(term: Term, r: np.ndarray, factor: np.ndarray, along: np.ndar
     if along is not None:
         root = root - along[:, :, None] * np.matmul(r[:, None], root)
     return factor[:, None, None] * root
-
-
-def array(output: Tensor) -> np.ndarray:
-    """Return a tensor's numbers, flat, in double precision."""
-    return output.detach().as_subclass(Tensor).reshape(-1).to("cpu", torch.float64).numpy()
 
 
 def weighed(left: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
@@ -269,15 +277,11 @@ def spread(given: Any, tree: Tree, argument: str) -> list[Any]:
     import torch.utils._pytree as pytree
 
     leaves = pytree.tree_leaves(given, is_leaf=lambda v: v is None or not isinstance(v, list | tuple | dict))
-    names = flatten(given, "output")[1].names
-    if len(leaves) != len(tree.names) or (len(names) == len(leaves) and _keys(names) != _keys(tree.names)):
+    here, there = ([n.removeprefix("output") for n in each.names] for each in (flatten(given, "output")[1], tree))
+    if len(leaves) != len(there) or (len(here) == len(leaves) and here != there):
         came = f"of {len(leaves)} entries"
         raise InputError.of(argument, came, f"one entry per output is needed: {', '.join(tree.names)}")
     return leaves
-
-
-def _keys(names: Sequence[str]) -> list[str]:
-    return [name.removeprefix("output") for name in names]
 
 
 def _target(target: Any, output: Tensor, argument: str) -> np.ndarray | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from .._finite import is_finite, on_finite_rows
 from .._lanczos import KrylovSpace
 from .._operators import Identity, LayerFactors, Matrix, Operator
-from .._runtime.contexts import private_noise
+from .._runtime.contexts import in_own_dtype, private_noise
+from .._runtime.restoring import restoring
 from ..errors import InputError, NonFiniteError
 from ._base import Prepared, Raw, Solver
 from ._cholesky import by_cholesky, cholesky
@@ -236,6 +237,7 @@ def _woodbury(
     return (rows - on_finite_rows(J._apply_transpose, solve(image))) / shift
 
 
+@restoring
 def _balanced(parts: Congruence) -> tuple[Operator | None, Operator, int, Tensor]:
     r"""Return S, $2^{-j} J$, 2 j and the Gram matrix of $2^{-j} J$; j is 0 unless squares leave the range."""
     m, n = parts.J.shape
@@ -252,7 +254,9 @@ def _balanced(parts: Congruence) -> tuple[Operator | None, Operator, int, Tensor
     size = largest_entry(rows)
     j = 0 if _fits(size**2, rows.dtype) else math.frexp(size)[1]
     rows = shifted(rows, -j)
-    return parts.S, Matrix(rows, parts.J.domain, parts.J.codomain), 2 * j, rows @ rows.T
+    with in_own_dtype(rows):
+        gram = rows @ rows.T
+    return parts.S, Matrix(rows, parts.J.domain, parts.J.codomain), 2 * j, gram
 
 
 def _fits(square: float, dtype: torch.dtype) -> bool:

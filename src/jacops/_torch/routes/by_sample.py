@@ -26,7 +26,7 @@ from ...errors import ModelStateError
 from ..layers.collected import Collected, StructureChangedError, form_of
 from ..layers.factors import LayerRows, unit_seeds
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, with_reads
+from ..sweeps.mixing import NOT_FINITE, differs, explain_alone, read_tolerance, rows_differ, with_reads
 from ..sweeps.record import Recording
 from .handed import Handed
 from .sample_batches import Definition, RecordedSamples, habits, is_new, recorded, rows_of
@@ -106,7 +106,9 @@ class SampleFactors:
         return self._filled(Collected(self.count, self.output.numel(), self.layers, whole))
 
     def _filled(self, collected: Any) -> Any:
-        ask = RowsAsk(Question.SAMPLES, self.what.call, self.lin.proofs, rows=self, collected=collected)
+        # A question of its own: that rules of layers fail for one sample alone is no refusal of plain sweeps.
+        question = Question.SAMPLES if self.layers.sites else Question.SAMPLES_PLAINLY
+        ask = RowsAsk(question, self.what.call, self.lin.proofs, rows=self, collected=collected)
         for ask.where in self._batches():
             answer(ask, _BATCHES)
         self.route = ask.routes[ask.question]
@@ -120,7 +122,7 @@ class SampleFactors:
 
     def apart(self, ask: RowsAsk) -> None:
         """Fill in samples one by one; say why, once in every call, where that takes more sweeps than it seemed."""
-        known = ask.verdicts.refusal(ask.question, RouteName.TOGETHER)
+        known = ask.verdicts.refusal(Question.SAMPLES, RouteName.TOGETHER)
         failed = ask.left is not None and not isinstance(ask.left, RouteUndecidedError)
         self.what.store.known.pop(_STEP, None)
         if (failed or known) and not (ask.warned or self.what.forced):
@@ -225,7 +227,7 @@ class SampleFactors:
         self._fill_batch(ask.collected, batch, layers)
         if fresh:
             self._check_rows(ask.collected, where, lin, batch.seeds)
-            if any(bool((v != v[:1]).any()) for v in batch.values):  # equal rows prove nothing: they agree anyway
+            if rows_differ(batch.values[: self.what.inputs]):  # targets tell apart no samples that the model mixes
                 lin.proofs.remember(*rows_of(lin, self.what.call))
         for i in range(where.start, where.stop) if ask.collected.missing else ():
             self._fill_missing(ask.collected, i, self._record_alone(i).lin)

@@ -28,6 +28,7 @@ class Definition:
 
     Attributes:
         values: The tensors of all samples, first axis samples.
+        inputs: How many of them, from the first, the model is given; the others are targets.
         alone: Records one sample alone: its values -> a linearization with one output, whose entries are the rows.
         together: Records the model's outputs for several samples: their values -> a linearization.
         cotangents: A loss's cotangents of a batch, row by row, and the losses; None where rows are the outputs
@@ -41,6 +42,7 @@ class Definition:
     """
 
     values: Sequence[Tensor]
+    inputs: int
     alone: Callable[[Sequence[Tensor]], Recording]
     together: Callable[[Sequence[Tensor]], Recording]
     cotangents: Callable[[Recording, Sequence[Tensor]], RowSlopes] | None

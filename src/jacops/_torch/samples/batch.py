@@ -33,7 +33,7 @@ from ..model.rows import AxisExplained, Shared, rows_apart
 from ..model.structure import ModelStructure, check_state, structure_of
 from ..model.targets import SampleTarget
 from ..sweeps.linearization import Linearization
-from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, unbatchable, with_reads
+from ..sweeps.mixing import NOT_FINITE, batched, differs, read_tolerance, rows_differ, unbatchable, with_reads
 from ..sweeps.proofs import ProofStore, held_key, identity_key
 from .ask import ONE_SAMPLE, BatchAsk
 from .compiled import COMPILED, GraphAsk
@@ -46,11 +46,6 @@ MODES = ("auto", "reverse", "forward", "split")
 Parts = Iterable[tuple[Tensor, list[Tensor]]]  # which samples, and their outputs without the others
 _NO_LAYER = "no layer was found that everything passes through"
 _SHARED_TODO = "Name those that have no axis of samples with `shared=`."
-
-
-def _differ(values: Sequence[Tensor]) -> bool:
-    """Return whether samples differ in anything: equal rows prove nothing about others."""
-    return any(bool((v != v[:1]).any()) for v in values)
 
 
 class SampleChanges(TypedDict, total=False):
@@ -271,8 +266,7 @@ class Samples:
     def _keep(self, ask: BatchAsk, swept: Linearization) -> None:
         """Take a batch's outputs, and remember what was proved about it."""
         lin, values = ask.run.lin if ask.run is not None else ask.lin, ask.values
-        if ask.fresh and not ask.undecided and _differ(ask.runner.inputs_in(values)):
-            # Equal rows prove nothing: they agree anyway.
+        if ask.fresh and not ask.undecided and rows_differ(ask.runner.inputs_in(values)):
             for proofs in (lin.proofs, swept.proofs):
                 proofs.remember(Fact.SAMPLES_APART, ask.many)
         ask.result.batches.append((ask.many, lin.proofs, ask.run.followed if ask.run is not None else None))

@@ -34,7 +34,8 @@ def widths_noted(module: nn.Module, many: int, found: dict[str, int | None]) -> 
     """Note for every submodule how many numbers per sample it gives; None where it is no place to cut."""
 
     def note(path: str, output: Any) -> None:
-        fits = is_differentiable(output) and output.ndim > 1 and output.shape[0] == many and output.requires_grad
+        fits = is_differentiable(output) and output.requires_grad and output.ndim > 1 and not output.is_nested
+        fits = fits and output.shape[0] == many
         found[path] = output.shape[1:].numel() if fits and path not in found else None
 
     handles = [

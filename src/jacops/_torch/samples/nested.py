@@ -25,6 +25,7 @@ from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import inspect_graph, refuse_cut
 from ..sweeps.linear_nodes import all_linear, first_slope, has_fused_norm
 from ..sweeps.linearization import Linearization
+from ..sweeps.mixing import rows_differ
 from ..sweeps.proofs import Proofs
 from ..sweeps.record import setting
 from .batch import Samples
@@ -166,7 +167,7 @@ def nested(
         `J[output][input]`, each `(n, *out, *in)`, and the outputs `(n, *out)`.
     """
     model, inputs = of.runner.model, of.runner.inputs_in(of.values)
-    equal = all(bool((v == v[:1]).all()) for v in inputs)  # such a batch proves nothing about another
+    equal = not rows_differ(inputs)
     parts = ("nested", kind, *of.runner.asked, equal)
     if of.runner.structure is not None:
         key: Hashable = setting(of.runner.structure, of.values, *parts)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..._runtime.restoring import modes_at_work
-from .graph import saved_tensors
+from .graph import is_dense, saved_tensors
 
 Places = tuple[tuple[int, str], ...]
 """Nodes of a graph by their places in its walk, and which saved tensor of each."""
@@ -70,7 +70,11 @@ def constants(
 def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
     for node, place in nodes.items():
         for name, tensor in saved_tensors(node):
-            if tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST:
+            if (
+                tensor.layout is torch.strided
+                and not (tensor.is_meta or tensor.is_nested)
+                and 0 < tensor.numel() <= _MOST
+            ):
                 yield place, name, tensor
 
 
@@ -113,7 +117,9 @@ def _read(node: Any, name: str) -> Tensor | None:
     except RuntimeError:  # freed, or written into since
         return None
     value = value[int(number)] if number and value is not None and int(number) < len(value) else value
-    return value.detach() if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or value.is_nested:
+        return None
+    return value.clone() if value._is_zerotensor() else value.detach()  # implicit zeros count as the zeros they are
 
 
 def _by_sample(tensor: Tensor, many: int | None) -> bool:
@@ -124,7 +130,7 @@ def _by_sample(tensor: Tensor, many: int | None) -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    return tensor.untyped_storage().data_ptr() if is_dense(tensor) else id(tensor)
 
 
 # ---- tensors that a model or function holds -------------------------------------------------------------------------

@@ -211,9 +211,14 @@ def reaches(tensor: Tensor, leaves: Iterable[Tensor]) -> bool:
 
 
 def passed_bytes(nodes: Iterable[Any]) -> int:
-    """Return the bytes of all cotangents of one backward pass."""
+    """Return the bytes of all cotangents of one backward pass, apart from nested tensors, which have no sizes."""
     kinds = (kind for node in nodes for kind in getattr(node, "_input_metadata", ()))
-    return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds)
+    return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds if not kind.is_nested_tensor)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has sizes and entries in memory: nested ones and torch's implicit zeros have not."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
@@ -222,7 +227,7 @@ def saved_bytes(nodes: Iterable[Any], apart_from: Iterable[Tensor] = ()) -> int:
     total = 0
     for node in nodes:
         for _, tensor in saved_tensors(node):
-            if tensor.layout is torch.strided:
+            if is_dense(tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in known:
                     known.add(storage.data_ptr())

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..._runtime.agreement import coarsest, tolerance, worst_disagreement
+from ..._runtime.agreement import coarsest, few_operations_tolerance, size, tolerance, worst_disagreement
 from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rounding import is_rounding
 from ..._runtime.side_effects import SideEffects
@@ -33,6 +33,17 @@ def batched(run: Callable[[], Ran], many: int) -> Ran | str:
         if isinstance(error, JacopsError) or must_surface(error):
             raise
         return f"the forward takes no batch of {many} ({type(error).__name__}: {str(error)[:100]})"
+
+
+def rows_differ(values: Sequence[Tensor]) -> bool:
+    """Return whether samples differ in anything: equal rows prove nothing about others, since they agree anyway."""
+    return any(bool((v != v[:1]).any()) for v in values)
+
+
+def outputs_differ(outputs: Sequence[Tensor]) -> bool:
+    """Return whether outputs differ between samples by more than rounding, as `rows_differ` asks of inputs."""
+    pairs = [(output.detach(), output.detach()[:1]) for output in outputs]
+    return any(size(all_ - one) > few_operations_tolerance(all_.dtype) * size(all_) for all_, one in pairs)
 
 
 def unbatchable(lin: Linearization, effects: SideEffects, many: int) -> str | None:
