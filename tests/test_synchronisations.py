@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import jacops
-from jacops._data import Batches, digest_there
+from jacops._checksums import digest_there
+from jacops._data import Batches
 from jacops.linalg import Matrix
 from jacops.solvers import CG, EKFAC, MINRES, LiSSA
 
@@ -205,7 +206,8 @@ def test_a_digest_made_on_a_device_distinguishes_orders_and_values():
 
 
 def test_batches_in_a_device_s_memory_are_read_in_the_first_pass_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("jacops._data._is_apart", lambda array: isinstance(array, Tensor))
+    for home in ("_data", "_checksums"):
+        monkeypatch.setattr(f"jacops.{home}.is_apart", lambda array: isinstance(array, Tensor))
     data = [(torch.randn(4, 3), torch.randn(4, 2)), (torch.randn(4, 3), torch.randn(4, 2))]
     batches = Batches(data, "data")
     first, _ = reads_of(lambda: list(batches))

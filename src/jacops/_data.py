@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ._digests import byte_view
+from ._checksums import checksum, is_apart
 from ._progress import track
 from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._runtime.restoring import restoring
@@ -239,12 +239,12 @@ class Batches:
 
     def _digest(self, arrays: list[Any], number: int) -> int:
         """Return the digest of a batch; one that stays in a device's memory is read in the first pass alone."""
-        if not all(_is_apart(array) and not array.is_inference() for array in arrays):  # those have no versions
-            return _digest(arrays)
+        if not all(is_apart(array) and not array.is_inference() for array in arrays):  # those have no versions
+            return checksum(arrays)
         marks, found = self._known.get(number, ([], 0))
         same = len(marks) == len(arrays)
         if not same or any(ref() is not a or v != a._version for (ref, v), a in zip(marks, arrays, strict=True)):
-            found = _digest(arrays)
+            found = checksum(arrays)
             self._known[number] = [(weakref.ref(array), array._version) for array in arrays], found
         return found
 
@@ -339,7 +339,7 @@ class _Copies:
         if self.workers < 2:
             return
         arrays = [leaf for leaf in flatten((batch.x, batch.y), "batch")[0] if hasattr(leaf, "shape")]
-        self.seen += [_digest([array[row] for array in arrays]) for row in range(batch.rows)]
+        self.seen += [checksum([array[row] for array in arrays]) for row in range(batch.rows)]
 
     def refuse(self, name: str) -> None:
         """Refuse data in which every row came once from every worker.
@@ -361,38 +361,6 @@ def _by_name(raw: Mapping[Any, Any]) -> tuple[Any, ...] | None:
     weight = next((key for key in _WEIGHTS if key in raw), None)
     rest = {key: value for key, value in raw.items() if key not in (target, weight)}
     return rest, raw[target], None if weight is None else raw[weight]
-
-
-def _digest(arrays: list[Any]) -> int:
-    digest = 0
-    for array in arrays:
-        if _is_apart(array):
-            digest = zlib.crc32(digest_there(array).to_bytes(8, "little", signed=True), digest)
-            continue
-        view = byte_view(array).numpy() if isinstance(array, Tensor) else np.ascontiguousarray(array)
-        digest = zlib.crc32(view.tobytes(), digest)
-    return digest
-
-
-def _is_apart(array: Any) -> bool:
-    """Return whether an array is in a device's memory, which is slow to read and which nothing but torch writes to."""
-    return isinstance(array, Tensor) and array.device.type != "cpu"
-
-
-def digest_there(tensor: Tensor) -> int:
-    """Return a digest of 64 bits that is computed where the tensor is: of its bytes, eight at a time, by place."""
-    flat = byte_view(tensor)
-    words = torch.nn.functional.pad(flat, (0, -len(flat) % 8)).view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start, part in zip(range(0, len(words), _WORDS), words.split(_WORDS), strict=False):
-        # A factor for each place that looks random (the mixer of splitmix64); products are modulo 2 ** 64.
-        place = torch.arange(start + 1, start + 1 + len(part), device=tensor.device) * -0x61C8864680B583EB
-        place = (place ^ (place >> 30)) * -0x40A7B892E31B1A47
-        total += (part * (place ^ (place >> 27) | 1)).sum()
-    return int(total)
-
-
-_WORDS = 2**22  # words that are multiplied at a time: three temporaries of 32 MiB
 
 
 def _checked_weights(weights: Any, rows: int, number: int, name: str) -> Tensor:
