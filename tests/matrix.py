@@ -20,6 +20,11 @@ GIGABYTES = 15  # torch brings up to 9 GB of libraries; as much again is in pip'
 CELLS = ("3.11:lowest", "3.11:2.13.0", "3.11:newest", "3.12:2.13.0", "3.13:2.13.0")
 SMOKE = (
     "test_operators",
+    "test_plain_recordings",
+    "test_remembered_samples",
+    "test_remembered_rows",
+    "test_kept_products",
+    "test_known_uses",
     "test_inputs",
     "test_faults_products",
     "test_kronecker",
