@@ -106,7 +106,7 @@ class ByLayers:
             RouteFailedError: No parameter gains, or torch cannot take the sweeps.
         """
         check_kept(self.lin.weights, self.lin.call)
-        new, known = self.is_new("dense"), self.lin.proofs.known  # of one graph, whose shapes determine bytes
+        new, known = self.is_new("dense"), self.lin.proofs.measured
         prepared = None if new else known.get((_BYTES, self.name))
         with Meter() if free < math.inf and prepared is None else nullcontext() as meter:
             layers = self.gained(attempt(self.prepare))

@@ -90,6 +90,7 @@ class Proofs:
         effects: What the forward was seen to do besides arithmetic; None where it was not watched.
         widths: Numbers per sample that each submodule gives, where they were noted.
         known: Further results of routes, by their own keys.
+        measured: What the shapes of the graph alone determine; recordings that are kept share it.
     """
 
     def __init__(self, checks: str = "first", function: Callable[[], Any] = lambda: None) -> None:
@@ -97,6 +98,7 @@ class Proofs:
         self.effects: SideEffects | None = None
         self.widths: dict[str, int | None] = {}
         self.known: Bounded[Any] = Bounded(_CLAIMS)
+        self.measured: Bounded[Any] = Bounded(_CLAIMS)
         self._function = function
         self._proved: Bounded[bool] = Bounded(_CLAIMS)
         self._refused: dict[tuple[str, str], _Refused] = {}
