@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from ...errors import ModelStateError
 from .structure import ModelStructure, is_managed, is_wrapped, parameter_names, structure_of
 
 
-@dataclass(frozen=True)
-class Replica:
+class Replica(NamedTuple):
     """A model one may call and change at will.
 
     Attributes:
@@ -119,9 +117,13 @@ def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: 
         return kept.clone() if cloned else kept.view_as(kept)
     values = out_of_inference(values)
     private = values.detach().clone() if cloned else values
-    if type(parameter) in (nn.Parameter, Tensor):
-        return nn.Parameter(private, differentiated)  # which detaches it
+    if type(parameter) in _PLAIN and type(private) in _PLAIN:
+        return _as_parameter(nn.Parameter, private, differentiated)
     return private.detach().requires_grad_(differentiated)
+
+
+_PLAIN = (nn.Parameter, Tensor)
+_as_parameter = Tensor._make_subclass  # what `nn.Parameter` calls once it has looked at its arguments; it detaches
 
 
 @restoring

@@ -87,14 +87,17 @@ def _pattern(nodes: Sequence[Any], places: Places) -> bytes:
     away: list[Tensor] = []  # fetched together: each transfer waits for the device
     for place, name in places:
         tensor = _read(nodes[place], name)
-        if tensor is None or not tensor.numel():
+        if tensor is None or not (size := tensor.numel()):
             continue
-        if tensor.dtype in _OF_NUMPY and tensor.device.type == "cpu" and type(tensor) is Tensor:
-            array: Any = tensor.resolve_neg().numpy()  # small as these are, torch takes ten times as long
+        here = tensor.device.type == "cpu" and type(tensor) is Tensor
+        if here and size == 1 and tensor.is_floating_point():  # the usual case: a factor, a sum of weights
+            found.append(bytes(_marks(tensor.item())))
+        elif here and tensor.dtype in _OF_NUMPY:
+            array: Any = tensor.detach().resolve_neg().numpy()  # small as these are, torch takes ten times as long
             found += [array.tobytes()] if array.dtype.kind != "f" else [part.tobytes() for part in _marks(array)]
         else:
             exact = not (tensor.is_floating_point() or tensor.is_complex())
-            away += [tensor] if exact else _marks(tensor)
+            away += [tensor] if exact else _marks(tensor.detach())
     flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in away]
     return b"".join([*found, torch.cat(flat).cpu().numpy().tobytes()] if flat else found)
 
@@ -113,7 +116,7 @@ def _read(node: Any, name: str) -> Tensor | None:
     except RuntimeError:  # freed, or written into since
         return None
     value = value[int(number)] if number and value is not None and int(number) < len(value) else value
-    return value.detach() if isinstance(value, Tensor) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _by_sample(tensor: Tensor, many: int | None) -> bool:

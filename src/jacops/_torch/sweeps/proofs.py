@@ -22,6 +22,7 @@ from torch import Tensor
 from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
+from ..._space import Space
 from ..._trees import Tree
 from ..._words import Checks
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
@@ -54,6 +55,31 @@ class Bounded(OrderedDict[Hashable, Kept], Generic[Kept]):
             while len(self) > self.most:
                 self.popitem(last=False)
         return found
+
+
+class Repeated(Generic[Kept]):
+    """A `Bounded` mapping for long keys, of which the last one mostly comes again: to compare it is half of hashing.
+
+    Args:
+        most: How many entries are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._all: Bounded[Kept] = Bounded(most)
+        self._last: tuple[Hashable, Kept] | None = None
+
+    def take(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """Return what is kept under `key`, made now if nothing is."""
+        last = self._last
+        if last is not None and last[0] == key:
+            return last[1]
+        found = self._all.take(key, make)
+        self._last = key, found
+        return found
+
+    def get(self, key: Hashable) -> Kept | None:
+        """Return what is kept under `key`, None where nothing is."""
+        return self._all.get(key)
 
 
 @dataclass(frozen=True)
@@ -232,13 +258,15 @@ class ProofStore:
         function: As given.
         latest: The proofs of the last graph.
         known: What holds for all graphs of this setting.
+        domain: The space of the parameters in the last recording, whose names and shapes are part of the setting.
     """
 
     def __init__(self, checks: str, function: Callable[[], Any] = lambda: None, many: int | None = None) -> None:
         self.checks, self.many, self.function = checks, many, function
         self.latest: Proofs | None = None
         self.known: Bounded[Any] = Bounded(_CLAIMS)
-        self._graphs: Bounded[_Graph] = Bounded(_GRAPHS)
+        self.domain: Space | None = None
+        self._graphs: Repeated[_Graph] = Repeated(_GRAPHS)
 
     @property
     def assumed(self) -> SideEffects | None:
@@ -303,12 +331,14 @@ class SameObject:
         return own is not None and isinstance(other, SameObject) and own is other._reference()
 
 
-_WORDS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_WORDS = (bool, int, float, complex, str, bytes, type(...))
 _READ = (Tensor, np.ndarray, tuple, list, dict, slice)
 
 
 def identity_key(value: Any) -> Hashable:
     """Return a key for a selector or a loss: numbers, words and arrays by value, anything else by identity."""
+    if value is None:
+        return None
     if type(value) in _WORDS:
         return (type(value), repr(value))
     if not isinstance(value, _READ):
@@ -345,7 +375,7 @@ def _held_key(leaf: Any) -> Hashable:
 # Entries of a shared tensor that are looked at for a key: as many as of constants in a graph.
 _LOOKED_AT = 2**16
 
-_known: dict[int, tuple[weakref.ref[Any], Bounded[ProofStore]]] = {}
+_known: dict[int, tuple[weakref.ref[Any], Repeated[ProofStore]]] = {}
 
 
 def store_for(function: Any, setting: Hashable, checks: str, many: int | None = None) -> ProofStore:
@@ -367,6 +397,6 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
                 reference = weakref.ref(function, partial(_known.pop, key))
             except TypeError:
                 return ProofStore(checks, lambda: function, many)
-            settings = Bounded(_SETTINGS)
+            settings = Repeated(_SETTINGS)
             _known[key] = (reference, settings)
         return settings.take((setting, checks), lambda: ProofStore(checks, reference, many))
