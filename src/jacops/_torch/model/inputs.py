@@ -98,7 +98,12 @@ def private_inputs(
         if fixed or not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
-        leaf = item.view_as(item) if connected and item.requires_grad else item.detach().requires_grad_()
+        if connected and item.requires_grad:
+            leaf = item.view_as(item)
+        elif type(item) is Tensor:
+            leaf = Tensor._make_subclass(Tensor, item, True)  # detached, in half of the time
+        else:
+            leaf = item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
     return tree.map_held(lambda held: _copied(held, connected)).build(copies), leaves

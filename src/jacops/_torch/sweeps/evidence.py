@@ -70,8 +70,14 @@ def constants(
 def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
     for node, place in nodes.items():
         for name, tensor in saved_tensors(node):
-            if tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST:
+            seen = tensor.layout is torch.strided and not tensor.is_meta and 0 < tensor.numel() <= _MOST
+            if seen and name not in _DIVISORS:
                 yield place, name, tensor
+
+
+# The sum of weights in a cross-entropy: gradients are divided by it, so that no value of it hides a path. It would be
+# read in every recording of such a loss, in all as long as a layer's pass.
+_DIVISORS = frozenset({"_saved_total_weight"})
 
 
 def pattern(nodes: Sequence[Any], places: Places) -> bytes:

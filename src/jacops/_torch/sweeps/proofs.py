@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ..._runtime.side_effects import SideEffects
 from ..._space import Space
 from ..._trees import Tree
 from ..._words import Checks
+from .bounded import Bounded, Repeated
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -33,53 +33,6 @@ _GRAPHS = 8  # of one setting: a flag or a branch gives a few
 _CLAIMS = 64  # of one graph: each for a number of rows
 _PATIENCE = 16  # recordings until a refused route is tried again; twice as many each time it fails again
 _SPOT_EVERY = 16  # recordings that rely on a proof: a check takes about half of the shortest call, so 3 % at most
-
-Kept = TypeVar("Kept")
-
-
-class Bounded(OrderedDict[Hashable, Kept], Generic[Kept]):
-    """A mapping that drops the least recently used entry."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def take(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """Return what is kept under `key`, made now if nothing is."""
-        try:
-            self.move_to_end(key)
-            return self[key]
-        except KeyError:  # not there, or another thread has dropped it
-            found = self.setdefault(key, make())
-        with suppress(KeyError):
-            while len(self) > self.most:
-                self.popitem(last=False)
-        return found
-
-
-class Repeated(Generic[Kept]):
-    """A `Bounded` mapping for long keys, of which the last one mostly comes again: to compare it is half of hashing.
-
-    Args:
-        most: How many entries are kept.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._all: Bounded[Kept] = Bounded(most)
-        self._last: tuple[Hashable, Kept] | None = None
-
-    def take(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """Return what is kept under `key`, made now if nothing is."""
-        last = self._last
-        if last is not None and last[0] == key:
-            return last[1]
-        found = self._all.take(key, make)
-        self._last = key, found
-        return found
-
-    def get(self, key: Hashable) -> Kept | None:
-        """Return what is kept under `key`, None where nothing is."""
-        return self._all.get(key)
 
 
 @dataclass(frozen=True)

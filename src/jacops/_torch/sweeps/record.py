@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._runtime.agreement import coarsest
-from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, recording, refuse_transforms
 from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
@@ -66,7 +66,7 @@ def record_closure(
         raise InputTypeError.of("func", came, "a callable without arguments is needed", "Write `lambda: model(x)`.")
     check_fallback(fallback)
     leaves = check_params(params, empty)
-    with recording(lambda tensor: reaches(tensor, leaves), call):
+    with recording(lambda tensor: reaches(tensor, leaves), call, advance=True):
         output = func()
     tensors, tree = output_leaves(output, "func()")
     lin = Linearization(leaves, tensors, leaf_names="params", output_names=tree.names, call=call, fallback=fallback)
@@ -189,7 +189,7 @@ class ModelRun:
             with watching:
                 copied, inputs = private_inputs(*self.given, self.connected)
         plain = effects.plain and not self.connected
-        with recording(pulled=self._pulled, watch=watch, plain=plain), random_state_kept(), watching, written:
+        with recording(pulled=self._pulled, watch=watch, plain=plain), watching, written:
             before, hidden = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
@@ -271,7 +271,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
         if effects.writes and watch is not None:  # seen now, of this part alone; what is known is of both parts
             raise ModelStateError.of("loss", "writing into the model's parameters", "it must leave them alone")
-        with recording(), random_state_kept(), watch or nullcontext():
+        with recording(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
         further = lin.to(flat, tree.names, call)
@@ -293,7 +293,7 @@ def record_at_outputs(
     With `connected` its derivatives can be differentiated by what is before it.
     """
     lin = found.lin
-    with recording():
+    with recording(advance=True):
         kept = [connected and output.requires_grad for output in lin.outputs]
         pairs = zip(lin.outputs, kept, strict=True)
         leaves = [output.view_as(output) if keep else output.detach().requires_grad_() for output, keep in pairs]
