@@ -115,7 +115,7 @@ _FSDP = "torch.distributed.fsdp"
 def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
     if connected and differentiated and (kept := out_of_inference(parameter)).requires_grad:
         return kept.clone() if cloned else kept.view_as(kept)
-    values = out_of_inference(values)
+    values = out_of_inference(values) if values.is_inference() else values
     private = values.detach().clone() if cloned else values
     if type(parameter) in _PLAIN and type(private) in _PLAIN:
         return _as_parameter(nn.Parameter, private, differentiated)
@@ -221,15 +221,19 @@ class _Builder:
         return twin
 
     def _fill(self, twin: nn.Module, module: nn.Module) -> None:
-        state = twin.__dict__
-        for key, value in module.__dict__.items():
+        own, memo = module.__dict__, self.memo
+        state = own.copy()
+        object.__setattr__(twin, "__dict__", state)
+        for key, value in own.items():
             kind = type(value)
             if kind in _IMMUTABLE:
-                state[key] = value
-            elif kind in _EMPTIED and not value and key in _OWN:
+                continue
+            if kind in _EMPTIED and not value and key in _OWN:
                 state[key] = kind()
+            elif (here := id(value)) in memo:
+                state[key] = memo[here]
             else:
-                state[key] = self.build(value)
+                state[key] = self._container(value) if kind in _CONTAINERS else self.build(value)
         if self.training is not None:
             state["training"] = self.training
         if "sparse" in state and isinstance(module, _EMBEDDINGS):
