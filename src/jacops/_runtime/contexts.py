@@ -294,8 +294,10 @@ def _recordable(tensor: Tensor) -> Tensor:
 
 def autocast_on(tensors: Sequence[Tensor]) -> bool:
     """Return whether the caller's autocast is at work where these tensors live."""
-    kind = tensors[0].device.type if tensors else "cpu"
-    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+    if not tensors or tensors[0].is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    kind = tensors[0].device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def is_memory_error(error: BaseException) -> bool:
