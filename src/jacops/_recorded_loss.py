@@ -59,7 +59,7 @@ def check_real(lin: Linearized) -> None:
         NotDifferentiableError: One is.
     """
     made = [output.dtype for output in lin.outputs] or lin.codomain.dtypes
-    if not any([dtype.is_complex for dtype in (*lin.domain.dtypes, *made)]):
+    if not any([dtype.is_complex for dtype in {*lin.domain.dtypes, *made}]):
         return
     for space in (lin.domain, lin.codomain):
         for name, dtype in zip(space.names, space.dtypes, strict=True):

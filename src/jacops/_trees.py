@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,13 +101,21 @@ def flatten(tree: Any, name: str) -> tuple[list[Any], Tree]:
     """Return the leaves of `tree` and its shape; paths in error messages start with `name`."""
     if type(tree) in _LEAVES:  # what most calls are given
         return [tree], Tree((name,), True, _LEAF)
+    if type(tree) is tuple and _FLAT.issuperset(map(type, tree)):  # inputs of a model, or these and a target
+        return [*tree], Tree(tuple([f"{name}[{i}]" for i in range(len(tree))]), False, _of_tuple(len(tree)))
     paths, spec = paths_in(tree)
     names = tuple(name + pytree.keystr(path) for path, _ in paths)
     return [leaf for _, leaf in paths], Tree(names, len(paths) == 1 and not paths[0][0], spec)
 
 
 _LEAVES = (Tensor, torch.nn.Parameter)
+_FLAT = frozenset({*_LEAVES, type(None), bool, int, float, str})
 _LEAF = pytree.tree_structure(0)
+
+
+@lru_cache(maxsize=32)
+def _of_tuple(length: int) -> pytree.TreeSpec:
+    return pytree.tree_structure((0,) * length)
 
 
 def map_nested(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -200,6 +209,8 @@ def output_leaves(output: Any, name: str = "output", aside: bool = False) -> tup
         NotDifferentiableError: A leaf is of an integer dtype.
     """
     leaves, tree = flatten(output, name)
+    if tree.single and type(output) is Tensor and output.is_floating_point() and output.layout is torch.strided:
+        return leaves, tree  # what most models return
     if aside and any(is_differentiable(leaf) for leaf in leaves):
         held = [i for i, leaf in enumerate(leaves) if not is_differentiable(leaf)]
         for i in held:

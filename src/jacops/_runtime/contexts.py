@@ -22,7 +22,6 @@ from .restoring import (
     Guards,
     ProcessState,
     Setting,
-    entered,
     function_modes,
     leave_function_modes,
     restoring,
@@ -122,18 +121,25 @@ class GraphRecording(_Gradients):
         matters: Which tensors' gradients matter.
         call: The public call, for messages.
         attention: Attention runs on the math kernel.
+        random: Keeps the random states; None where they are to advance.
     """
 
-    def __init__(self, mode: RightKernels | None, matters: Matters, call: str, attention: bool) -> None:
+    def __init__(
+        self, mode: RightKernels | None, matters: Matters, call: str, attention: bool, random: _RandomState | None
+    ) -> None:
         super().__init__(True)
-        self._mode, self._matters, self._call, self._attention = mode, matters, call, attention
+        self._mode, self._matters, self._call, self._attention, self._random = mode, matters, call, attention, random
 
     def save(self) -> None:
         super().save()
         self._modes = function_modes()
+        if self._random is not None:
+            self._random.save()
 
     def change(self) -> None:
         super().change()
+        if self._random is not None:
+            self._random.change()
         if self._attention:
             ATTENTION.enter(self, MATH)
         if self._mode is not None:
@@ -144,6 +150,8 @@ class GraphRecording(_Gradients):
     def restore(self) -> None:
         leave_function_modes(self._modes)
         torch.clear_autocast_cache()
+        if self._random is not None:
+            self._random.restore()
         if self._attention:
             ATTENTION.leave(self)
         super().restore()
@@ -165,8 +173,11 @@ def recording(
     pulled: bool = False,
     watch: SideEffectWatch | None = None,
     plain: bool = False,
+    advance: bool = False,
 ) -> GraphRecording:
     """Record a graph whatever the caller's modes are: `no_grad`, inference mode or autocast's weight cache.
+
+    The global random states are what they were afterwards.
 
     Args:
         matters: Which tensors' gradients matter; those of all that require grad by default.
@@ -174,6 +185,7 @@ def recording(
         pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
         watch: Where it is noted that a kernel is replaced.
         plain: No kernel is replaced: the graph will be compared with one of a recording that had none to replace.
+        advance: The random states advance, as in a call of the caller's own.
 
     Raises:
         NotDifferentiableError: A `torch.func` transform of the caller is active around the call; or, on leaving, a
@@ -181,7 +193,8 @@ def recording(
     """
     refuse_transforms()
     plain = plain and not writes_norms_out()
-    return GraphRecording(None if plain else RightKernels(watch), matters, call, not (plain or pulled))
+    mode, random = None if plain else RightKernels(watch), None if advance else _RandomState()
+    return GraphRecording(mode, matters, call, not (plain or pulled), random)
 
 
 def sweeping(like: Tensor) -> Guards:
@@ -247,7 +260,7 @@ class _RandomState(Guard):
         self._seed = seed
 
     def save(self) -> None:
-        self._nested = entered(_RandomState)
+        self._nested = _RANDOM.is_entered()
         self._found = random_states() if self._nested else None
 
     def change(self) -> None:
@@ -286,8 +299,10 @@ def _recordable(tensor: Tensor) -> Tensor:
 
 def autocast_on(tensors: Sequence[Tensor]) -> bool:
     """Return whether the caller's autocast is at work where these tensors live."""
-    kind = tensors[0].device.type if tensors else "cpu"
-    return (kind == "cpu" or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
+    if not tensors or tensors[0].is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    kind = tensors[0].device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def is_memory_error(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
+from threading import get_ident
 from typing import Any, Literal, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -70,14 +71,6 @@ class Guard(ABC):
     @abstractmethod
     def restore(self) -> None:
         """Restore the saved state; called again where an interrupt stopped the first call."""
-
-
-def entered(kind: type[Guard]) -> bool:
-    """Return whether a guard of this kind is entered in this thread."""
-    for guard in _entered.guards:  # noqa: SIM110 - a generator takes longer than the loop
-        if type(guard) is kind:
-            return True
-    return False
 
 
 class Guards(Guard):
@@ -220,23 +213,27 @@ class ProcessState:
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], Any]) -> None:
         self.read, self.write = read, write
         self._found: Any = None
-        self._inside: set[Guard] = set()
+        self._inside: dict[Guard, int] = {}  # with the thread of each
 
     def enter(self, guard: Guard, value: Any = None) -> None:
         """Note that a guard is inside, and change the state to a value if there is one."""
         with process_lock:
             if not self._inside:
                 self._found = self.read()
-            self._inside.add(guard)
+            self._inside[guard] = get_ident()
             if value is not None:
                 self.write(value)
 
     def leave(self, guard: Guard) -> None:
         """Note that a guard is left; done again it changes nothing."""
         with process_lock:
-            if self._inside == {guard}:
+            if len(self._inside) == 1 and guard in self._inside:
                 self.write(self._found)
-            self._inside.discard(guard)
+            self._inside.pop(guard, None)
+
+    def is_entered(self) -> bool:
+        """Return whether a guard of this thread is inside."""
+        return get_ident() in [*self._inside.values()]
 
 
 class ProcessSetting(Guard):

@@ -38,7 +38,7 @@ class _JointClosure:
         self.call, self.params = call, check_params(params, spread=True)
         self.shards = shards_of(self.params, [f"params[{i}]" for i in range(len(self.params))])
         self.ranks = ranks_of(self.shards, call)
-        with self.ranks.stage(), recording():
+        with self.ranks.stage(), recording(advance=True):
             self.outputs, self.tree = output_leaves(func(), "func()")
         for output, name in zip(self.outputs, self.tree.names, strict=True):
             if is_dtensor(output):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._digests import digest_tensors
 from .._finite import check_outputs, check_vector, require_finite
 from .._recorded_loss import loss_of_output, recordable
-from .._runtime.contexts import random_state_kept, recording, sweeping
+from .._runtime.contexts import recording, sweeping
 from .._runtime.restoring import restoring
 from .._torch.protocol import ForwardExplained, ShardedModel, input_leaves, parts_of, private_inputs, split_input
 from .._trees import Tree, flatten, output_leaves
@@ -75,7 +75,7 @@ class _Joint:
         with self.ranks.stage() as stage:
             args, kwargs = split_input(private_inputs(values, tree, fixed=True)[0])
             tensors = [value for value in values if isinstance(value, Tensor)]
-            with recording(), random_state_kept(), ForwardExplained(self.model.module, tensors), explained():
+            with recording(), ForwardExplained(self.model.module, tensors), explained():
                 output = self.model.run(args, kwargs, summed, stage.turn)
                 leaves, shape = output_leaves(output, aside=True)
                 found = finish(leaves, shape, output)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._runtime.contexts import out_of_inference, random_state_kept, recording
+from .._runtime.contexts import out_of_inference, recording
 from .._runtime.kernels import norms_written_out
 from .._runtime.restoring import restoring
 from .._trees import Tree, output_leaves
@@ -64,7 +64,7 @@ class Minima:
         """
         self._check()
         like = next(iter(self.values.values()))
-        with recording(), random_state_kept(), norms_written_out():
+        with recording(), norms_written_out():
             zero = like.new_zeros(len(like), self.layout.columns).requires_grad_()
             gradient, H, usable = self.expanded(zero, self.success)
             free = self.free(gradient.detach())

@@ -17,7 +17,7 @@ from .._extras.lie import layout as lie_layout
 from .._finite import require_finite
 from .._requirements import check_choice
 from .._runtime.agreement import identical
-from .._runtime.contexts import arithmetic, out_of_inference, private_noise, random_state_kept, recording
+from .._runtime.contexts import arithmetic, out_of_inference, private_noise, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
     Linearization,
@@ -204,7 +204,7 @@ class FitProblem:
     def _forward(self) -> Any:
         """Run the model on copies of its buffers and inputs, with the same random numbers in every run."""
         self.evaluations += 1
-        with recording(), random_state_kept():
+        with recording():
             replica = replicate(self.work)
             leaves, tree = flatten(self.value, "input")
             args, kwargs = split_input(tree.build([_copied(v) for v in leaves]))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .._runtime.contexts import must_surface, random_state_kept, recording
+from .._runtime.contexts import must_surface, recording
 from .._runtime.kernels import norms_written_out
 from .._runtime.restoring import restoring
 from ._certificate import MOST_REDUCTION, Certificate
@@ -108,7 +108,7 @@ def minima_and_saddles(
 @restoring
 def _expanded(minima: Minima) -> tuple[Any, ...]:
     like = next(iter(minima.values.values()))
-    with recording(), random_state_kept(), norms_written_out():
+    with recording(), norms_written_out():
         zero = like.new_zeros(len(like), minima.layout.columns).requires_grad_()
         gradient, H, usable = minima.expanded(zero, minima.success)
         gradient = gradient.detach()

@@ -104,7 +104,7 @@ class LossAtOutput:
         lin = self.found.lin
         if len(lin.outputs) == 1 and lin.outputs[0].shape == self.like.shape:  # the same graph, which is known
             return lin.to(lin.outputs, ["output"], self.call)
-        with recording():
+        with recording(advance=True):
             joined = self._joined([lin.outputs[i] for i in self._used])
         return lin.to([joined], ["output"], self.call)
 

@@ -70,6 +70,8 @@ def check_params(params: Any, empty: bool = False, spread: bool = False) -> list
 
 def split_input(value: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments: a tuple or a mapping is unpacked, None is no argument."""
+    if isinstance(value, Tensor):
+        return (value,), {}
     if value is None:
         return (), {}
     if isinstance(value, tuple):
@@ -98,10 +100,16 @@ def private_inputs(
         if fixed or not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
-        leaf = item.view_as(item) if connected and item.requires_grad else item.detach().requires_grad_()
+        if connected and item.requires_grad:
+            leaf = item.view_as(item)
+        elif type(item) is Tensor:
+            leaf = Tensor._make_subclass(Tensor, item, True)  # detached, in half of the time
+        else:
+            leaf = item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
-    return tree.map_held(lambda held: _copied(held, connected)).build(copies), leaves
+    held = tree.map_held(lambda part: _copied(part, connected)) if tree.held else tree
+    return held.build(copies), leaves
 
 
 def _copied(value: Any, connected: bool) -> Any:
@@ -191,6 +199,8 @@ def input_leaves(value: Any) -> tuple[list[Any], Tree]:
         InputError: There is a DTensor.
         InputTypeError: There is a NumPy array or a bare number, or it is a loader; the message names it.
     """
+    if type(value) is Tensor:
+        return flatten(value, "input")
     if isinstance(value, DataLoader | Dataset):
         raise InputTypeError.of("input", f"a {type(value).__name__}", "one batch is needed", advice_for(value))
     leaves, tree = flatten(value, "input")

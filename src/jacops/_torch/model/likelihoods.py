@@ -22,7 +22,6 @@ from ..._runtime.contexts import (
     is_memory_error,
     out_of_inference,
     private_noise,
-    random_state_kept,
     recording,
 )
 from ..._runtime.counter import Draws
@@ -158,7 +157,7 @@ def likelihood_of(
 
     @restoring
     def slopes(parts: Sequence[Tensor], labels: Any) -> Sequence[Tensor | None]:
-        with recording(), random_state_kept():
+        with recording():
             leaves = [part.detach().requires_grad_() for part in parts]
             value = call_loss(loss, tree.build([leaf.clone() for leaf in leaves]), labels)
             found = torch.autograd.grad(value, leaves, allow_unused=True)

@@ -17,7 +17,6 @@ from ..._runtime.contexts import (
     is_memory_error,
     out_of_inference,
     private_noise,
-    random_state_kept,
     recording,
     sweeping,
 )
@@ -203,7 +202,7 @@ class _Wide(TorchDispatchMode):
 @restoring
 def _double_products(function: Callable[[Sequence[Tensor]], Tensor], outputs: Sequence[Tensor]) -> Rows:
     """Return products in float64 with the Hessian of a function of the outputs."""
-    with recording(), random_state_kept():
+    with recording():
         leaves = [o.detach().double().requires_grad_() for o in outputs]
         with _Wide():
             value = function([leaf.clone() for leaf in leaves])

@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,7 @@ from ...errors import ModelStateError
 from .structure import ModelStructure, is_managed, is_wrapped, parameter_names, structure_of
 
 
-@dataclass(frozen=True)
-class Replica:
+class Replica(NamedTuple):
     """A model one may call and change at will.
 
     Attributes:
@@ -117,11 +115,15 @@ _FSDP = "torch.distributed.fsdp"
 def _copied(parameter: Tensor, values: Tensor, differentiated: bool, connected: bool, cloned: bool) -> Tensor:
     if connected and differentiated and (kept := out_of_inference(parameter)).requires_grad:
         return kept.clone() if cloned else kept.view_as(kept)
-    values = out_of_inference(values)
+    values = out_of_inference(values) if values.is_inference() else values
     private = values.detach().clone() if cloned else values
-    if type(parameter) in (nn.Parameter, Tensor):
-        return nn.Parameter(private, differentiated)  # which detaches it
+    if type(parameter) in _PLAIN and type(private) in _PLAIN:
+        return _as_parameter(nn.Parameter, private, differentiated)
     return private.detach().requires_grad_(differentiated)
+
+
+_PLAIN = (nn.Parameter, Tensor)
+_as_parameter = Tensor._make_subclass  # what `nn.Parameter` calls once it has looked at its arguments; it detaches
 
 
 @restoring
@@ -219,15 +221,19 @@ class _Builder:
         return twin
 
     def _fill(self, twin: nn.Module, module: nn.Module) -> None:
-        state = twin.__dict__
-        for key, value in module.__dict__.items():
+        own, memo = module.__dict__, self.memo
+        state = own.copy()
+        object.__setattr__(twin, "__dict__", state)
+        for key, value in own.items():
             kind = type(value)
             if kind in _IMMUTABLE:
-                state[key] = value
-            elif kind in _EMPTIED and not value and key in _OWN:
+                continue
+            if kind in _EMPTIED and not value and key in _OWN:
                 state[key] = kind()
+            elif (here := id(value)) in memo:
+                state[key] = memo[here]
             else:
-                state[key] = self.build(value)
+                state[key] = self._container(value) if kind in _CONTAINERS else self.build(value)
         if self.training is not None:
             state["training"] = self.training
         if "sparse" in state and isinstance(module, _EMBEDDINGS):

@@ -149,7 +149,7 @@ class _Unit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it; what it saved for the backward is computed again there, parameters gathered again."""
         self.before()
-        again = partial(lambda: (nullcontext(), recording()))  # the backward may run in another thread
+        again = partial(lambda: (nullcontext(), recording(advance=True)))  # the backward may run in another thread
         return checkpoint(self._run, args, kwargs, use_reentrant=False, context_fn=again)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from functools import cached_property
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..._cached import cached_property
 from ..._trees import is_dtensor
 from ...errors import InputTypeError, ModelStateError
 
 Held = TypeVar("Held", bound=Tensor)
+_KIND = attrgetter("shape", "dtype", "device")
 
 
 class ModelStructure:
@@ -57,13 +59,13 @@ class ModelStructure:
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
-        """The part of the model in the key of proofs: its modules, their modes and numbers of hooks, shapes."""
+        """The part of the model in the key of proofs: modules, their modes and numbers of hooks, names and shapes."""
         if isinstance(self.model, PlainFunction):
             return ()
         hooked = [m for m in self.modules.values() if m._forward_hooks or m._forward_pre_hooks]
         hooks = [(id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in hooked]
-        weights = [(p.shape, p.dtype, p.device) for p in self.parameters.values()]
-        return tuple(self.modules), self.kinds, self.modes, tuple(hooks), tuple(weights)
+        names, weights = tuple(self.parameters), tuple(map(_KIND, self.parameters.values()))
+        return tuple(self.modules), self.kinds, self.modes, tuple(hooks), names, weights
 
     @property
     def modes(self) -> tuple[bool, ...]:
@@ -78,7 +80,7 @@ class ModelStructure:
         """Whether parameters are spread over processes, by FSDP of either kind or as DTensors."""
         return _may_be_spread() and (any(map(_is_wrapper, self.kinds)) or any(map(is_dtensor, self.tensors)))
 
-    @property
+    @cached_property
     def differentiable(self) -> dict[str, Tensor]:
         """The parameters that can be differentiated."""
         return {name: p for name, p in self.parameters.items() if p.dtype.is_floating_point or p.dtype.is_complex}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..._ladder.names import Fact, Question, RouteName
 from ..._runtime.agreement import worst_disagreement
-from ..._runtime.contexts import must_surface, out_of_inference, random_state_kept, recording
+from ..._runtime.contexts import must_surface, out_of_inference, recording
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import plain
 from ..._runtime.side_effects import SideEffects
@@ -118,7 +118,7 @@ def _gradients(
 ) -> RowSlopes:
     where, many = slice(row, row + 1), targets[0].shape[0]
     leaves = [(o[where] if _by_row(o, many) else o.detach()).requires_grad_() for o in outputs]
-    with recording(), random_state_kept():
+    with recording():
         value = call_loss(loss, *build([leaf.clone() for leaf in leaves], [t[where] for t in targets]))
     return RowSlopes(_pulled(_linearized(value, leaves), create_graph), value.detach().reshape(1))
 
@@ -137,7 +137,7 @@ def _vectorised(
 
     leaves = [o.clone().requires_grad_() for o in outputs]
     try:
-        with recording(), random_state_kept():
+        with recording():
             mapped = torch.func.vmap(of_row, in_dims=(axes, [0] * len(targets)))
             values = mapped([leaf.clone() for leaf in leaves], list(targets))
         return (_linearized(values.sum(), leaves), values.detach()) if values.shape == (many,) else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..._runtime.agreement import coarsest
 from ..._runtime.chunks import Chunks
-from ..._runtime.contexts import random_state_kept, recording
+from ..._runtime.contexts import recording
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import WritesState
 from ..._trees import is_differentiable
@@ -92,7 +92,7 @@ class FollowedModel:
         runner, model = self.runner, self.runner.model
         weights = list(model.parameters()) if isinstance(model, nn.Module) else []
         for cloned in (False, True):  # a second time on copies of the weights, if the forward writes into them
-            with recording(), random_state_kept():
+            with recording():
                 replica = runner.replica(cloned)
                 cut = runner.cut(replica)
                 given, tree = runner.inputs_in(values), runner.input_tree

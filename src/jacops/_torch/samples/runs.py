@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, recording, refuse_transforms
 from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
@@ -227,7 +227,7 @@ class Runner:
         # In the function mode of a recording every look at a tensor's shape is a call in Python: copies come first.
         with arithmetic(True), watching:
             private = self._private(values, self.replica(effects.writes))
-        with recording(watch=watch, plain=plain), random_state_kept(), watching, written:
+        with recording(watch=watch, plain=plain), watching, written:
             done = self._ran(values, private, path, watch is not None, state)
         return self._recorded(done, private, path)
 

@@ -70,12 +70,14 @@ def constants(
 def _saved(nodes: Mapping[Any, int]) -> Iterator[tuple[int, str, Tensor]]:
     for node, place in nodes.items():
         for name, tensor in saved_tensors(node):
-            if (
-                tensor.layout is torch.strided
-                and not (tensor.is_meta or tensor.is_nested)
-                and 0 < tensor.numel() <= _MOST
-            ):
+            seen = tensor.layout is torch.strided and not (tensor.is_meta or tensor.is_nested)
+            if seen and 0 < tensor.numel() <= _MOST and name not in _DIVISORS:
                 yield place, name, tensor
+
+
+# The sum of weights in a cross-entropy: gradients are divided by it, so that no value of it hides a path. It would be
+# read in every recording of such a loss, in all as long as a layer's pass.
+_DIVISORS = frozenset({"_saved_total_weight"})
 
 
 def pattern(nodes: Sequence[Any], places: Places) -> bytes:
@@ -91,14 +93,17 @@ def _pattern(nodes: Sequence[Any], places: Places) -> bytes:
     away: list[Tensor] = []  # fetched together: each transfer waits for the device
     for place, name in places:
         tensor = _read(nodes[place], name)
-        if tensor is None or not tensor.numel():
+        if tensor is None or not (size := tensor.numel()):
             continue
-        if tensor.dtype in _OF_NUMPY and tensor.device.type == "cpu" and type(tensor) is Tensor:
-            array: Any = tensor.resolve_neg().numpy()  # small as these are, torch takes ten times as long
+        here = tensor.device.type == "cpu" and type(tensor) is Tensor
+        if here and size == 1 and tensor.is_floating_point():  # the usual case: a factor, a sum of weights
+            found.append(bytes(_marks(tensor.item())))
+        elif here and tensor.dtype in _OF_NUMPY:
+            array: Any = tensor.detach().resolve_neg().numpy()  # small as these are, torch takes ten times as long
             found += [array.tobytes()] if array.dtype.kind != "f" else [part.tobytes() for part in _marks(array)]
         else:
             exact = not (tensor.is_floating_point() or tensor.is_complex())
-            away += [tensor] if exact else _marks(tensor)
+            away += [tensor] if exact else _marks(tensor.detach())
     flat = [part.reshape(-1).contiguous().view(torch.uint8) for part in away]
     return b"".join([*found, torch.cat(flat).cpu().numpy().tobytes()] if flat else found)
 
@@ -119,7 +124,7 @@ def _read(node: Any, name: str) -> Tensor | None:
     value = value[int(number)] if number and value is not None and int(number) < len(value) else value
     if not isinstance(value, Tensor) or value.is_nested:
         return None
-    return value.clone() if value._is_zerotensor() else value.detach()  # implicit zeros count as the zeros they are
+    return value.clone() if value._is_zerotensor() else value  # implicit zeros count as the zeros they are
 
 
 def _by_sample(tensor: Tensor, many: int | None) -> bool:

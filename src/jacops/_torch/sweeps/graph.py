@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ _REENTRANT = "CheckpointFunctionBackward"
 _TWICE_REFUSED = "Error"
 _SAVED, _RAW = "_saved_", "_raw_saved_"
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
+_PLAIN_TYPES = frozenset(_PLAIN)
 
 
-@dataclass(frozen=True)
-class GraphInfo:
+class GraphInfo(NamedTuple):
     """The result of one walk over a graph.
 
     Attributes:
@@ -36,7 +36,7 @@ class GraphInfo:
     functions: tuple[str, ...]
     reentrant: bool
     refuses_twice: bool
-    leaves: frozenset[int]
+    leaves: Set[int]
     nodes: Mapping[Any, int]
     wiring: tuple[Any, ...]
 
@@ -72,8 +72,8 @@ def _kind(node: Any) -> _Kind:
     tensors = tuple(_SAVED + n.removeprefix(_RAW) for n in names if n.startswith(_RAW))
     scalars = [n for n in names if n.startswith(_SAVED) and n not in tensors and not _is_size(n)]
     last = name.rpartition("::")[2]
-    read = attrgetter(*scalars) if scalars else None
-    found = _Kind(name, read, tensors, False, last == "AccumulateGrad", last == _TWICE_REFUSED)
+    read, refuses = attrgetter(*scalars) if scalars else None, last == _TWICE_REFUSED
+    found = _Kind(name, None if refuses else read, tensors, False, last == "AccumulateGrad", refuses)
     return _kinds.setdefault(type(node), found)
 
 
@@ -125,8 +125,11 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     while stack:
         node = stack.pop()
         type_ = type(node)
+        wiring.append(type_)
         kind = _kinds[type_] if type_ in _kinds else _kind(node)
-        edges: list[Any] = [type_]
+        if kind.leaf:
+            leaves.add(id(node.variable))
+            continue
         for parent, number in node.next_functions:
             if parent is None:
                 place = None
@@ -135,30 +138,25 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
             else:
                 place = numbers[parent] = len(numbers)
                 stack.append(parent)
-            edges += ((place, number) if number else place,)
-        wiring += edges
+            wiring.append((place, number) if number else place)
         if kind.scalars is not None:
-            wiring.append(_frozen(kind.scalars(node)))
-        if kind.leaf:
-            leaves.add(id(node.variable))
+            value = kind.scalars(node)
+            wiring.append(value if type(value) in _PLAIN_TYPES else _frozen(value))
         elif kind.custom:
             functions[kind.name] = None
             wiring.append(_context(node))
         elif kind.refuses:
             refuses = True
-    named = tuple(name.removesuffix("Backward") for name in functions)
-    return GraphInfo(named, _REENTRANT in functions, refuses, frozenset(leaves), numbers, tuple(wiring))
+    named = tuple([name.removesuffix("Backward") for name in functions]) if functions else ()
+    return GraphInfo(named, _REENTRANT in functions, refuses, leaves, numbers, tuple(wiring))
 
 
 def _frozen(value: Any) -> Any:
-    if type(value) in _PLAIN or isinstance(value, _PLAIN):
+    if type(value) is tuple and _PLAIN_TYPES.issuperset(map(type, value)):
         return value
-    if not isinstance(value, tuple | list):
-        return str(value)
-    for item in value:
-        if type(item) not in _PLAIN:
-            return tuple([_frozen(item) for item in value])
-    return tuple(value)
+    if isinstance(value, _PLAIN):
+        return value
+    return tuple([_frozen(item) for item in value]) if isinstance(value, tuple | list) else str(value)
 
 
 def _context(node: Any) -> Any:

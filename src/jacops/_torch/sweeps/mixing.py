@@ -53,10 +53,10 @@ def unbatchable(lin: Linearization, effects: SideEffects, many: int) -> str | No
         return with_reads("in half precision outputs alone do not show whether samples mix", effects)
     if effects.draws:
         return f"the forward is random in eval mode ({', '.join(effects.draws)})"
-    for space, tensors in ((lin.codomain, lin.outputs), (lin.domain, lin.leaves)):
-        for name, tensor in zip(space.names, tensors, strict=True):
-            if tensor.ndim == 0 or tensor.shape[0] != many:
-                return f"{name} has shape {tuple(tensor.shape)} and no axis of {many} samples first"
+    for number, tensor in enumerate([*lin.outputs, *lin.leaves]):
+        if tensor.ndim == 0 or tensor.shape[0] != many:
+            name = [*lin.codomain.names, *lin.domain.names][number]
+            return f"{name} has shape {tuple(tensor.shape)} and no axis of {many} samples first"
     return None
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import random
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,10 @@ from torch import Tensor
 from ..._requirements import check_choice
 from ..._runtime.restoring import process_lock
 from ..._runtime.side_effects import SideEffects
+from ..._space import Space
 from ..._trees import Tree
 from ..._words import Checks
+from .bounded import Bounded, Repeated
 from .evidence import NeutralEntries, Places, constants, hold, neutral, pattern
 from .graph import GraphInfo
 
@@ -32,28 +33,6 @@ _GRAPHS = 8  # of one setting: a flag or a branch gives a few
 _CLAIMS = 64  # of one graph: each for a number of rows
 _PATIENCE = 16  # recordings until a refused route is tried again; twice as many each time it fails again
 _SPOT_EVERY = 16  # recordings that rely on a proof: a check takes about half of the shortest call, so 3 % at most
-
-Kept = TypeVar("Kept")
-
-
-class Bounded(OrderedDict[Hashable, Kept], Generic[Kept]):
-    """A mapping that drops the least recently used entry."""
-
-    def __init__(self, most: int) -> None:
-        super().__init__()
-        self.most = most
-
-    def take(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """Return what is kept under `key`, made now if nothing is."""
-        try:
-            self.move_to_end(key)
-            return self[key]
-        except KeyError:  # not there, or another thread has dropped it
-            found = self.setdefault(key, make())
-        with suppress(KeyError):
-            while len(self) > self.most:
-                self.popitem(last=False)
-        return found
 
 
 @dataclass(frozen=True)
@@ -234,13 +213,15 @@ class ProofStore:
         function: As given.
         latest: The proofs of the last graph.
         known: What holds for all graphs of this setting.
+        domain: The space of the parameters in the last recording, whose names and shapes are part of the setting.
     """
 
     def __init__(self, checks: str, function: Callable[[], Any] = lambda: None, many: int | None = None) -> None:
         self.checks, self.many, self.function = checks, many, function
         self.latest: Proofs | None = None
         self.known: Bounded[Any] = Bounded(_CLAIMS)
-        self._graphs: Bounded[_Graph] = Bounded(_GRAPHS)
+        self.domain: Space | None = None
+        self._graphs: Repeated[_Graph] = Repeated(_GRAPHS)
 
     @property
     def assumed(self) -> SideEffects | None:
@@ -305,12 +286,14 @@ class SameObject:
         return own is not None and isinstance(other, SameObject) and own is other._reference()
 
 
-_WORDS = (type(None), bool, int, float, complex, str, bytes, type(...))
+_WORDS = (bool, int, float, complex, str, bytes, type(...))
 _READ = (Tensor, np.ndarray, tuple, list, dict, slice)
 
 
 def identity_key(value: Any) -> Hashable:
     """Return a key for a selector or a loss: numbers, words and arrays by value, anything else by identity."""
+    if value is None:
+        return None
     if type(value) in _WORDS:
         return (type(value), repr(value))
     if not isinstance(value, _READ):
@@ -347,7 +330,7 @@ def _held_key(leaf: Any) -> Hashable:
 # Entries of a shared tensor that are looked at for a key: as many as of constants in a graph.
 _LOOKED_AT = 2**16
 
-_known: dict[int, tuple[weakref.ref[Any], Bounded[ProofStore]]] = {}
+_known: dict[int, tuple[weakref.ref[Any], Repeated[ProofStore]]] = {}
 
 
 def store_for(function: Any, setting: Hashable, checks: str, many: int | None = None) -> ProofStore:
@@ -369,6 +352,6 @@ def store_for(function: Any, setting: Hashable, checks: str, many: int | None = 
                 reference = weakref.ref(function, partial(_known.pop, key))
             except TypeError:
                 return ProofStore(checks, lambda: function, many)
-            settings = Bounded(_SETTINGS)
+            settings = Repeated(_SETTINGS)
             _known[key] = (reference, settings)
         return settings.take((setting, checks), lambda: ProofStore(checks, reference, many))

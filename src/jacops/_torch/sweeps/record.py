@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..._runtime.agreement import coarsest
-from ..._runtime.contexts import arithmetic, random_state_kept, recording, refuse_transforms
+from ..._runtime.contexts import arithmetic, recording, refuse_transforms
 from ..._runtime.kernels import norms_written_out
 from ..._runtime.restoring import restoring
 from ..._runtime.side_effects import SideEffects, SideEffectWatch
+from ..._space import Space
 from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
@@ -65,7 +66,7 @@ def record_closure(
         raise InputTypeError.of("func", came, "a callable without arguments is needed", "Write `lambda: model(x)`.")
     check_fallback(fallback)
     leaves = check_params(params, empty)
-    with recording(lambda tensor: reaches(tensor, leaves), call):
+    with recording(lambda tensor: reaches(tensor, leaves), call, advance=True):
         output = func()
     tensors, tree = output_leaves(output, "func()")
     lin = Linearization(leaves, tensors, leaf_names="params", output_names=tree.names, call=call, fallback=fallback)
@@ -112,6 +113,7 @@ class ModelRun:
         chosen: The parameters that are differentiated, by name.
         weights: Notes the weights of a recording that is kept, so that a write into them shows.
         copies: Of the parameters of one that is kept, by the identity of the caller's.
+        store: What is known of such a run.
     """
 
     model: Any = field(kw_only=False)
@@ -136,6 +138,7 @@ class ModelRun:
     chosen: dict[str, Tensor] = field(init=False)
     weights: Weights | None = field(init=False)
     copies: dict[int, Tensor] = field(init=False)
+    store: ProofStore = field(init=False)
 
     @property
     def _pulled(self) -> bool:
@@ -167,7 +170,7 @@ class ModelRun:
         others = [leaf for leaf in given if not isinstance(leaf, Tensor)]
         asked = identity_key(self.outputs), identity_key(self.purpose), identity_key(others)
         key = setting(structure, tensors, "whole", self._pulled, self.training, self.at, *asked)
-        store = store_for(self.owner, key, self.checks, _rows(tensors))
+        self.store = store = store_for(self.owner, key, self.checks, _rows(tensors))
         guarded = [*structure.parameters.values(), *self.copies.values()]
         found = watched(store, self._record, guarded, self.anew)
         if weights is not None:
@@ -186,15 +189,16 @@ class ModelRun:
             with watching:
                 copied, inputs = private_inputs(*self.given, self.connected)
         plain = effects.plain and not self.connected
-        with recording(pulled=self._pulled, watch=watch, plain=plain), random_state_kept(), watching, written:
+        with recording(pulled=self._pulled, watch=watch, plain=plain), watching, written:
             before, hidden = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
-        named = {"leaf_names": names, "output_names": tree.names}
+        named = {"leaf_names": names, "output_names": tree.names, "domain": self._domain(names)}
         lin = Linearization(leaves, outputs, **named, call=self.call, private=True, fallback=self.fallback)
         lin.weights = self.weights
         lin.protected = self.structure.trainable
+        self.store.domain = lin.domain if self.chosen else None
         # The caller's own parameter in the graph of a private copy: something outside the module holds it.
         inside = lin.graph_info.leaves if aliased_leaves else ()
         lin.aliased_leaves = tuple([(i, p) for i, p in aliased_leaves if id(p) in inside])
@@ -221,6 +225,11 @@ class ModelRun:
         with hooked.active(), ForwardExplained(self.structure.model, tensors):
             output = hooked.result(replica(args, kwargs))
         return select(output, self.outputs), hooked.leaves
+
+    def _domain(self, names: Sequence[str]) -> Space | None:
+        """Return the space of the chosen parameters, where an earlier run had the same: the store's key has shapes."""
+        known = self.store.domain if self.chosen else None
+        return known if known is not None and known.names == tuple(names) else None
 
     def _leaves(
         self, replica: Replica, inputs: list[tuple[str, Tensor]], hidden: list[Tensor]
@@ -262,7 +271,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
         if effects.writes and watch is not None:  # seen now, of this part alone; what is known is of both parts
             raise ModelStateError.of("loss", "writing into the model's parameters", "it must leave them alone")
-        with recording(), random_state_kept(), watch or nullcontext():
+        with recording(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
         further = lin.to(flat, tree.names, call)
@@ -284,7 +293,7 @@ def record_at_outputs(
     With `connected` its derivatives can be differentiated by what is before it.
     """
     lin = found.lin
-    with recording():
+    with recording(advance=True):
         kept = [connected and output.requires_grad for output in lin.outputs]
         pairs = zip(lin.outputs, kept, strict=True)
         leaves = [output.view_as(output) if keep else output.detach().requires_grad_() for output, keep in pairs]
