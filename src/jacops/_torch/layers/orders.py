@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from .uses import ParameterUse, cotangents, find_uses
 _FAR = 1e-3
 
 
-def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse]]:
-    """Return all uses that have a rule and whose rows belong to samples, by leaf.
+def sample_uses(lin: Linearization, samples: int) -> tuple[dict[int, list[ParameterUse]], dict[str, Any]]:
+    """Return all uses that have a rule and whose rows belong to samples, by leaf, and what is known to be made of them.
 
     Where rows belong to none, an operation may be part of what makes a weight, and uses are looked for behind it.
 
@@ -31,8 +32,8 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
     key = (Fact.ORDERS_OF_ROWS, samples, lin.graph_info.wiring, lin.domain.names)
     known: KnownUses | None = None if proofs.needs(*key) else proofs.known.get(key)
     found = None if known is None else known.at(lin, samples)
-    if found is not None:
-        return found
+    if known is not None and found is not None:
+        return found, known.made
     found = find_uses(lin, repeated=True)
     orders: list[Order | None] = [1 for _ in _flat(found)]  # of one sample any order is right
     if samples > 1:
@@ -45,9 +46,10 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
                 found, orders = behind, find_orders(lin, _flat(behind), samples)
         found = _placed(found, orders, samples)
     if orders and all(isinstance(order, int) for order in orders):
-        proofs.known[key] = KnownUses.of(lin, found)
+        known = proofs.known[key] = KnownUses.of(lin, found)
         proofs.remember(*key)
-    return found
+        return found, known.made
+    return found, {}
 
 
 def _flat(found: dict[int, list[ParameterUse]]) -> list[ParameterUse]:
