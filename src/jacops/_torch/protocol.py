@@ -42,7 +42,7 @@ from .model.replica import replicate
 from .model.row_losses import RowLosses, Weighted
 from .model.rows import AxisExplained, Shared, rows_apart, shared_places
 from .model.sharded import OWN_FUNCTIONS, Shard, ShardedModel, parts_of, shards_of
-from .model.structure import bare, check_state, is_sharded, parameter_names, structure_of
+from .model.structure import ModelStructure, bare, check_state, is_sharded, parameter_names, structure_of
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
