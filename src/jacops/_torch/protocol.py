@@ -34,7 +34,7 @@ from .model.likelihoods import (
     row_scale,
 )
 from .model.loss_curvature import computed_convex, positive_everywhere
-from .model.loss_facts import counted_labels, is_convex
+from .model.loss_facts import LabelSettings, are_classes, counted_labels, is_convex, label_settings, torch_loss
 from .model.losses import call_loss, one_row
 from .model.output_curvature import Directions, Elementwise, FullBlocks, Given, ProbedHessian, Softmax
 from .model.own_loss import ModelLoss, resolved_loss
@@ -50,7 +50,7 @@ from .routes.by_sample import SampleFactors
 from .routes.curvature import hessian_diagonal, hessian_layers
 from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
-from .routes.labelled import RecordedLabels, softmax_of_labels
+from .routes.labelled import KnownSoftmax, RecordedLabels, softmax_of_labels
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import ConnectedFactors
