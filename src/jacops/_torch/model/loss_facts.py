@@ -100,7 +100,7 @@ def label_settings(loss: Any, y: Any, output: Any) -> LabelSettings | None:
 
 def are_classes(y: Tensor, classes: int, ignored: int) -> bool:
     """Return whether labels are those of so many classes, or are ignored: torch refuses others."""
-    low, high = map(int, torch.aminmax(y))
+    low, high = torch.stack(torch.aminmax(y)).tolist()  # one look at a device
     return (low >= 0 and high < classes) or bool((((y >= 0) & (y < classes)) | (y == ignored)).all())
 
 

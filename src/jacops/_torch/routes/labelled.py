@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._ladder.names import Fact
@@ -78,8 +79,10 @@ def softmax_of_labels(
     p, places = output.softmax(axis).reshape(folded), (folded[0], folded[1], 1, folded[3])
     if settings is not None:
         real = (y != settings.ignored).reshape(places).to(output.device)
-        size = max(1, int(real.sum())) if losses.reduction == "mean" else 1
-        return KnownSoftmax(Softmax(p, real.to(output) * size**-0.5, real), losses.reduction, proofs, settings)
+        root = real.to(output)
+        if losses.reduction == "mean":
+            root *= root.sum(dtype=torch.float64).clamp_(min=1).rsqrt_()
+        return KnownSoftmax(Softmax(p, root, real), losses.reduction, proofs, settings)
     shares = losses.label_shares(y).reshape(places)
     factor = shares / shares.sum() if losses.reduction == "mean" else shares
     real = shares > 0 if counted is None else counted.reshape(shares.shape)
