@@ -283,7 +283,7 @@ def only_batch(x: Any, y: Any, name: str) -> Batch:
 def _batch_of(parts: tuple[Any, ...], name: str, number: int, data: Batches | None) -> tuple[Batch, list[Any]]:
     """Return a batch of `(x, y)` or `(x, y, weights)`, and the arrays that it consists of."""
     x, y, weights = (*parts, None)[:3]
-    arrays = [leaf for leaf in flatten((x, y), "batch")[0] if hasattr(leaf, "shape")]
+    arrays = [leaf for part in (x, y) for leaf in flatten(part, "batch")[0] if hasattr(leaf, "shape")]
     lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
     if len(lengths) != 1 or None in lengths:
         came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"

@@ -41,12 +41,12 @@ class OneBatch:
 
     def __init__(self, model: Any, loss: Any, x: Any, y: Any, parameters: Picks = None) -> None:
         objective = objective_of(model, loss, {"parameters": parameters})
-        objective.check_state()
         refuse_transforms()
         self._batch = only_batch(x, y, "data")
-        self._objective = objective.on(self._batch.x, once=True)
-        self.space: Space = objective.space
-        check_dimension(objective)
+        self._objective = own = objective.on(self._batch.x, once=True)
+        own.check_state()
+        self.space: Space = own.space
+        check_dimension(own)
 
     def terms(self, call: str) -> Iterator[tuple[int, BatchPoint, Objective, float]]:
         """Yield the batch, if it counts: no rows before it, its objective and its factor.

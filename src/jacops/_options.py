@@ -154,6 +154,7 @@ class TorchOptions(TypedDict, total=False):
     kept: bool
     aside: bool
     pulled: bool
+    consists: Any
 
 
 class RecordOptions(TypedDict, total=False):

@@ -38,6 +38,7 @@ from ._torch.protocol import (
     ConnectedFactors,
     Definition,
     ModelRun,
+    ModelStructure,
     Recording,
     Rows,
     RowSlopes,
@@ -148,7 +149,7 @@ def gradients_at(
     if is_framework_model(model):
         sweeps = SweepOptions("sample_gradients", shared=given.shared, **options)
         return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
-    refuse_mixing_modules(model, random=seed is None)
+    refuse_mixing_modules(structure_of(model), random=seed is None)
     values, tree, inputs = given.apart
     how: Any = {"connected": create_graph, "pulled": True}  # of a connected recording more than pulls is taken
 
@@ -247,7 +248,7 @@ def jacobians_at(
         picks: Any = {"outputs": outputs, "target": given.target, "shared": given.shared}
         picks |= {name: value for name, value in options.items() if name != "aside"}
         return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks))
-    refuse_mixing_modules(model, random=seed is None)
+    refuse_mixing_modules(structure_of(model), random=seed is None)
     (values, tree, inputs), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
     values = values if picks is None else [*values, picks.places]
@@ -329,17 +330,17 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
     return seed if randomness == "same" else None
 
 
-def refuse_mixing_modules(model: Model, random: bool = True) -> None:
+def refuse_mixing_modules(structure: ModelStructure, random: bool = True) -> None:
     """Refuse modules that make a per-sample quantity ill-posed in train mode.
 
     Args:
-        model: A module in which no module mixes or randomises samples in its mode, or a `JaxFunction`.
+        structure: Of a model in which no module mixes or randomises samples in its mode.
         random: Refuse random modules too, not only batch statistics.
 
     Raises:
         ModelStateError: The message names the module and the switch to flip.
     """
-    for name, module in bare(model).named_modules():
+    for name, module in structure.named_modules if any(structure.modes) else ():
         if not getattr(module, "training", False):  # a frozen script module has no mode
             continue
         label = f"module '{name}' ({type(module).__name__})"

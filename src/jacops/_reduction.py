@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ._data import Batch
 from ._finite import is_finite, row_in_data, where_first
@@ -16,7 +17,17 @@ from ._recorded_loss import Loss, check_loss
 from ._requirements import check_choice
 from ._runtime.agreement import coarsest, size
 from ._runtime.contexts import private_noise
-from ._torch.protocol import ModelLoss, Recording, RowLosses, bare, call_loss, one_row
+from ._torch.protocol import (
+    LabelSettings,
+    ModelLoss,
+    Recording,
+    RowLosses,
+    are_classes,
+    bare,
+    call_loss,
+    label_settings,
+    one_row,
+)
 from ._trees import flatten
 from ._words import Reduction
 from .errors import InputError, InputTypeError, JacopsError, NonFiniteError, NotDifferentiableError
@@ -39,7 +50,7 @@ def check_reduction(objective: Any, batch: Batch, rows: int = FEW_ROWS) -> None:
         NonFiniteError: A loss is NaN or Inf.
     """
     some = batch.part(objective.losses.few_rows(batch.y, rows))
-    allowed = max(_TOLERANCE, _ROUNDINGS * torch.finfo(_computed_in(objective)).eps)
+    allowed = _allowed(objective)
     found = _compared(objective, some, objective.value)
     seeded = objective.seed is not None  # rows alone are other functions than in a batch, nearby as well
     if (found.scale or seeded) and found.gap <= allowed * found.scale:
@@ -72,24 +83,61 @@ def prove_reduction(objective: Any, batch: Batch) -> None:
         if own:
             own.check(objective.model, few.x, few.y, output)
         objective.losses.settle(output, few.y)
-    found = _recorded_apart(objective, batch)
-    claim = Fact.REDUCTION, objective.reduction, found[-1].lin.graph_info.wiring
-    proofs = [recording.lin.proofs for recording in found]
+    found = _recorded_output(objective, batch)
+    settings = None if found is None else _label_settings(objective, batch.y, found)
+    if found is not None and settings is not None:  # no more would show in the loss's graph
+        proofs, claim, finite = [found.lin.proofs], (Fact.REDUCTION, objective.reduction, settings), found.lin.outputs
+    else:
+        at = _recorded_loss(objective, batch, found)
+        proofs = [recording.lin.proofs for recording in (found, at) if recording is not None]
+        claim, finite = (Fact.REDUCTION, objective.reduction, at.lin.graph_info.wiring), at.lin.outputs
     new = any(one.needs(*claim) for one in proofs)
     due = any([one.spot_due(Fact.REDUCTION) for one in proofs])  # both count, so that both come due at once
-    if new or due or not is_finite(found[-1].lin.outputs[0]):
+    if due and not new and found is not None and settings is not None:
+        due = not _row_is_alike(objective, batch, found, settings)
+    if new or due or not is_finite(finite[0]):
         check_reduction(objective, batch, FEW_ROWS if new else _SPOT_ROWS)
         for one in proofs:
             one.remember(*claim)
 
 
-def _recorded_apart(objective: Any, batch: Batch) -> list[Recording]:
-    """Return the recorded output and the loss recorded there; of an output that is no tensor, the loss alone."""
+def _label_settings(objective: Any, y: Any, found: Recording) -> LabelSettings | None:
+    """Return the settings of torch's own cross-entropy by labels that it takes; None for any other loss."""
+    settings = label_settings(objective.loss, y, found.output)
+    fits = settings is not None and are_classes(y, found.output.shape[1], settings.ignored)
+    return settings if fits else None
+
+
+def _recorded_output(objective: Any, batch: Batch) -> Recording | None:
+    """Return the recorded output; None where it is no tensor."""
     try:
-        found = objective.recorded(batch.x, "loss", pulled=True)
+        return objective.recorded(batch.x, "loss", pulled=True)
     except (InputTypeError, NotDifferentiableError):
-        return [objective.recorded_loss(batch.x, batch.y, "loss", kept=True, pulled=True)]
-    return [found, objective.at_output(found, batch.y, "loss", kept=True)]
+        return None
+
+
+def _recorded_loss(objective: Any, batch: Batch, found: Recording | None) -> Recording:
+    """Return the loss recorded at the output, or by the parameters of an output that is no tensor."""
+    if found is None:
+        return objective.recorded_loss(batch.x, batch.y, "loss", kept=True, pulled=True)
+    return objective.at_output(found, batch.y, "loss", kept=True)
+
+
+def _row_is_alike(objective: Any, batch: Batch, found: Recording, settings: LabelSettings) -> bool:
+    """Return whether one row alone has the loss that it has in the batch; False where that has to be asked otherwise.
+
+    Of torch's own loss the rows' terms are known, so that the model runs once more for this and not three times.
+    """
+    i = found.lin.proofs.pick(batch.rows)
+    row = batch.part(slice(i, i + 1))
+    with one_row("Problem"):
+        alone = objective.recorded(row.x, "loss", pulled=True).lin.outputs[0]
+    outputs = [output.detach() for output in (found.lin.outputs[0][i : i + 1], alone)]
+    if outputs[0].shape != outputs[1].shape:
+        return False
+    options = {"reduction": "sum", "ignore_index": settings.ignored}
+    term, other = (float(cross_entropy(output, row.y, **options)) for output in outputs)
+    return term > 0 and abs(term - other) <= _allowed(objective) * term
 
 
 def _first_rows(objective: Any, batch: Batch) -> tuple[Any, Batch]:
@@ -99,6 +147,10 @@ def _first_rows(objective: Any, batch: Batch) -> tuple[Any, Batch]:
     if all(leaf.ndim and leaf.shape[0] == batch.rows for leaf in outputs):
         outputs, batch = [leaf[few] for leaf in outputs], batch.part(few)
     return found.tree.build(outputs), batch
+
+
+def _allowed(objective: Any) -> float:
+    return max(_TOLERANCE, _ROUNDINGS * torch.finfo(_computed_in(objective)).eps)
 
 
 def _computed_in(objective: Any) -> torch.dtype:

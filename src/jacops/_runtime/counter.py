@@ -8,11 +8,13 @@ that of SplitMix64 (Steele, Lea and Flood, 2014).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _STEP = -0x61C8864680B583EB  # 2^64 over the golden ratio, as a signed number
+_REMEMBERED = 2**12  # numbers of one batch and seed: 32 KiB, and 1 MiB for all that are remembered
 _AT_ONCE = 2**16  # numbers mixed together: 512 KiB, which a processor's cache holds
 _FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of SplitMix64 (Steele, Lea and Flood, 2014), as signed numbers
 
@@ -36,6 +38,11 @@ class Draws:
             real: Which of a sample's `(n, m)` targets count; the others get numbers that are not to be used.
             many: Draws for each target.
         """
+        if real.shape[1] == 1 and many * len(real) <= _REMEMBERED:  # the only target is the first, whether it counts
+            return _single(self, len(real), many, real.device).clone()
+        return self._computed(real, many)
+
+    def _computed(self, real: Tensor, many: int) -> Tensor:
         n, device = real.shape[0], real.device
         samples = torch.arange(self.first, self.first + n, device=device).unsqueeze(1)
         mixed = _mixed(_mixed(torch.tensor(_signed(self.seed), device=device)) ^ _mixed(samples))
@@ -64,6 +71,11 @@ class Draws:
             steps = some.double().cumsum(-1)
             into.copy_(torch.searchsorted(steps, own.to(steps) * steps[..., -1:], right=True))
         return found.clamp_(max=p.shape[-1] - 1).permute(2, 0, 1)
+
+
+@lru_cache(32)
+def _single(draws: Draws, n: int, many: int, device: torch.device) -> Tensor:
+    return draws._computed(torch.ones(n, 1, dtype=torch.bool, device=device), many)
 
 
 def _signed(number: int) -> int:

@@ -34,7 +34,7 @@ from .model.likelihoods import (
     row_scale,
 )
 from .model.loss_curvature import computed_convex, positive_everywhere
-from .model.loss_facts import counted_labels, is_convex
+from .model.loss_facts import LabelSettings, are_classes, counted_labels, is_convex, label_settings, torch_loss
 from .model.losses import call_loss, one_row
 from .model.output_curvature import Directions, Elementwise, FullBlocks, Given, ProbedHessian, Softmax
 from .model.own_loss import ModelLoss, resolved_loss
@@ -42,7 +42,7 @@ from .model.replica import replicate
 from .model.row_losses import RowLosses, Weighted
 from .model.rows import AxisExplained, Shared, rows_apart, shared_places
 from .model.sharded import OWN_FUNCTIONS, Shard, ShardedModel, parts_of, shards_of
-from .model.structure import bare, check_state, is_sharded, parameter_names, structure_of
+from .model.structure import ModelStructure, bare, check_state, is_sharded, parameter_names, structure_of
 from .model.targets import SampleTarget
 from .routes.by_layers import ByLayers, PreparedFill
 from .routes.by_products import measured
@@ -50,7 +50,7 @@ from .routes.by_sample import SampleFactors
 from .routes.curvature import hessian_diagonal, hessian_layers
 from .routes.gauss_newton import gauss_newton_diagonal, gauss_newton_layers
 from .routes.kronecker import Gradients, Group, OuterGradients, RecordedBatch
-from .routes.labelled import RecordedLabels, softmax_of_labels
+from .routes.labelled import KnownSoftmax, RecordedLabels, softmax_of_labels
 from .routes.matrix_places import Places, by_leaf, flat, is_plain, separate
 from .routes.row_cotangents import RowSlopes, row_cotangents
 from .routes.rows_with_graph import ConnectedFactors

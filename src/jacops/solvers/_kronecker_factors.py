@@ -8,6 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from .._cached import cached_property
 from .._display import Described, Description
 from .._operators._eigen_blocks import FORMS, EigenBlocks, covered
 from .._runtime.memory import in_words
@@ -52,7 +53,7 @@ class KroneckerFactors(Described, Mapping[str, tuple[Tensor, Tensor]]):
     kind: str
     drawn: Noise | None = None
 
-    @property
+    @cached_property
     def _owners(self) -> dict[str, OuterSums | RowSums]:
         """The statistics that a parameter's factors are made of, in the order of the parameters."""
         own = {name: sums for sums in self.sums for name in sums.owners(self.bias == "separate")}

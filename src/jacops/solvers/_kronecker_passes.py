@@ -93,7 +93,7 @@ class Passes:
         batch: Any = model.layers(data.x, term.picks, self.call) if at.foreign else RecordedBatch(at.output())
         if not at.foreign and batch.lin.proofs.refused(Question.PULL, RouteName.BY_USES):
             batch.distrust()
-        self.groups = self.groups or batch.groups()
+        known, self.groups = self.groups, self.groups or batch.groups()
         if data.rows > _FEW and any(group.form == "swept" for group in self.groups):
             # A sweep for one sample runs through all that were recorded together.
             for start in range(0, data.rows, _FEW):
@@ -103,11 +103,14 @@ class Passes:
                     yield from self._of_batch(part, own, share if factor else 0.0, first + start, outer_only)
             return
         self._recorded += 1
-        self._check_alike(batch)
+        if known:
+            self._check_alike(batch)
         directions = self._directions(at, term, data, first)
         del at, found  # the loss's own graph is not needed for sweeps
         columns = directions.columns
-        size = max(1, min(columns, _SWEEP_ENTRIES // max(1, batch.entries(self.groups))))
+        size = 1
+        if columns > 1:
+            size = max(1, min(columns, _SWEEP_ENTRIES // max(1, batch.entries(self.groups))))
         for start in range(0, columns, size):
             seeds = directions.chunk(start, min(start + size, columns))
             gradients = self._confirmed(batch, seeds, outer_only)
@@ -116,7 +119,9 @@ class Passes:
 
     def _directions(self, at: LossAtOutput, term: Any, data: Any, first: int) -> Directions:
         if self.fisher == "empirical":
-            return Given(_of_own_labels(at, term, data).unsqueeze(0))
+            computed = partial(_of_own_labels, at, term, data)
+            own = at.of_labels(term.losses, computed) if data.weights is None else computed()
+            return Given(own.unsqueeze(0))
         hessian = at.hessian(term.losses if data.weights is None else None)
         if self.fisher == "exact" or (self.fisher == "auto" and hessian.columns <= _EXACT_UP_TO):
             return hessian
@@ -154,21 +159,17 @@ class Passes:
 
 def _of_own_labels(at: LossAtOutput, term: Any, data: Any) -> Tensor:
     """Return gradients of the samples' terms by the output, scaled so that their squares make a batch's part."""
-    losses, many = term.losses, data.rows
-    shares = losses.denominators(data.y, many) if losses.reduction == "mean" else torch.ones(many)
-    shares = torch.where(shares > 0, shares, 1.0)  # a sample that is ignored has no loss to divide
-    own = _slopes(at, term, data, shares)
-    counted, total = row_scale(losses, data.y, many, lambda: likelihood_at(at.model, at.found, losses, data.y))
-    counted = counted.to(own)
-    if data.weights is not None:  # the batch enters by its numerator, in the units of its denominator
-        units = counted / shares.to(own)
-        return own * (counted * (data.weights.to(own) / torch.where(units > 0, units, 1.0)).sqrt()).unsqueeze(1)
-    return own * (counted / math.sqrt(total)).unsqueeze(1)
-
-
-def _slopes(at: LossAtOutput, term: Any, data: Any, shares: Tensor) -> Tensor:
-    own = term.own(data.rows)
-    return at.gradient(own) if data.weights is not None else at.slopes(own, shares, term.losses.reduction == "mean")
+    losses, many, mean = term.losses, data.rows, term.losses.reduction == "mean"
+    shares = term.denominators(data.y, many) if mean else torch.ones(many)
+    found, own = partial(likelihood_at, at.model, at.found, losses, data.y), term.own(many)
+    counted, total = row_scale(losses, data.y, many, found, shares if mean else None)
+    if data.weights is None:
+        return at.slopes(own, shares, mean, counted, total)
+    # The batch enters by its numerator, in the units of its denominator; what is ignored has no loss to divide.
+    slopes = at.gradient(own)
+    counted = counted.to(slopes)
+    units = counted / torch.where(shares > 0, shares, 1.0).to(slopes)
+    return slopes * (counted * (data.weights.to(slopes) / torch.where(units > 0, units, 1.0)).sqrt()).unsqueeze(1)
 
 
 def _check_finite(groups: Sequence[Group], found: Sequence[Gradients], batch: RecordedBatch) -> None:
@@ -257,7 +258,7 @@ def _added_up(passes: Passes, gather: Callable[[], list[Summed]]) -> None:
 
 
 def _sums(group: Group, space: Space, exact_up_to: int, basis: Basis) -> OuterSums | RowSums:
-    where, names = tuple(space.slices[i] for i in group.leaves), tuple(space.names[i] for i in group.leaves)
+    where, names = tuple([space.slices[i] for i in group.leaves]), tuple([space.names[i] for i in group.leaves])
     shape = space.shapes[group.leaves[0]]
     if group.form in ("outer", "lookup"):
         return OuterSums(where, names, group.turned, shape[0] if group.form == "lookup" else None, basis)

@@ -373,7 +373,9 @@ def _rows(side: Tensor) -> Tensor:
     One part where rows stand in one run; sample by sample where only positions do, as those of images, and channels
     are fewer than these, so that products of samples are smaller than copies; else what has to be copied is so.
     """
-    (_, n, t, _, p), strides = side.shape, side.stride()
+    (_, n, t, g, p), strides = side.shape, side.stride()
+    if g == 1 and side.is_contiguous():
+        return side.view(1, 1, -1, p)
     if n > 1 and t >= p and strides[2] == 1 and strides[1] != t:
         return side.permute(0, 1, 3, 2, 4).flatten(0, 1)  # 8 times faster for 16 channels of 32 x 32 pixels
     return side.permute(3, 4, 0, 1, 2).flatten(2).mT.unsqueeze(0)

@@ -7,7 +7,8 @@ small blocks in full.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Any, final
 
@@ -19,18 +20,21 @@ from .._ladder.names import Fact
 from .._ladder.protocol import Linearized, is_framework_model
 from .._recorded_loss import LossOf, loss_of_output, recordable
 from .._runtime.agreement import worst_disagreement
-from .._runtime.contexts import recording
+from .._runtime.contexts import autocast_on, recording
 from .._runtime.restoring import restoring
 from .._torch.protocol import (
     Elementwise,
     FullBlocks,
+    KnownSoftmax,
     ProbedHessian,
     RowLosses,
     Softmax,
     counted_labels,
     gradient_linearization,
+    label_settings,
     record_at_outputs,
     softmax_of_labels,
+    torch_loss,
 )
 from .._trees import output_leaves
 from ..errors import InputError, NonFiniteError, NotDifferentiableError
@@ -63,12 +67,16 @@ class LossAtOutput:
         self.model, self.found, self.samples, self.call = model, found, samples, call
         self.y, self._record, loss = of.y, of.record, of.loss
         self.foreign = is_framework_model(model)
-        self._counted = None if self.foreign else counted_labels(loss, of.y)
-        outputs, tree = output_leaves(found.output, aside=True)
+        self._loss = loss
+        outputs, tree = output_leaves(found.output, aside=True) if self.foreign else (found.lin.outputs, found.tree)
         check_outputs(call, outputs, tree.names)
         self._used = list(range(len(outputs)))
         self._computed_in: torch.dtype | None = None  # the loss's own dtype, which may be coarser than the output's
-        self._at = self._recorded(loss)
+        alone = not self.foreign and len(outputs) == 1 and found.output is outputs[0] and not autocast_on(outputs)
+        # What is known of torch's own cross-entropy takes no recording of it.
+        self._settings = label_settings(loss, of.y, found.output) if alone else None
+        if self._settings is None:
+            self._at = self._recorded()
         if not self._used:
             raise NotDifferentiableError(f"{call}: the loss does not depend on the model's output.")
         self.leaves = [outputs[i] for i in self._used]
@@ -79,9 +87,15 @@ class LossAtOutput:
         self.entries = sum(leaf.numel() // samples for leaf in self.leaves)
         self.like = self.leaves[0].detach().new_empty(()).expand(samples, self.entries)  # takes no memory
 
+    @cached_property
+    def _at(self) -> Any:
+        """The loss by the output, recorded there."""
+        return self._recorded()
+
     @restoring
-    def _recorded(self, loss: Any) -> Any:
+    def _recorded(self) -> Any:
         """Return the loss by the output, recorded there, and note what it depends on."""
+        loss = self._loss
         if self.foreign:
             return self.model.record_at_output(self.found, loss, self.y, self.call)
         if self._record is not None:
@@ -92,6 +106,11 @@ class LossAtOutput:
         self._used = [i for i, leaf in enumerate(outer.lin.leaves) if id(leaf) in reached]
         self._computed_in = outer.lin.outputs[0].dtype
         return outer
+
+    @cached_property
+    def _counted(self) -> Tensor | None:
+        """Which labels count, where that is known."""
+        return None if self.foreign else counted_labels(self._loss, self.y)
 
     @cached_property
     def _lin(self) -> Linearized:
@@ -135,35 +154,39 @@ class LossAtOutput:
             parts = [rows[0] for rows in lin.pull_rows([torch.ones_like(lin.outputs[0]).unsqueeze(0)])]
         return self._joined([parts[i] for i in self._used]).detach()
 
-    def slopes(self, own: Any, shares: Tensor, mean: bool) -> Tensor:
-        """Return the gradient `(n, entries)` of every sample's own loss by the output.
+    def slopes(self, own: Any, shares: Tensor, mean: bool, terms: Tensor, total: float) -> Tensor:
+        """Return the gradient `(n, entries)` of every sample's own loss by the output, times `terms / sqrt(total)`.
 
         That of the whole loss is made of them, which is compared with `own` once for a graph, and now and then.
 
         Args:
             own: The sum of the samples' own losses, as a loss.
-            shares: What each sample adds to the denominator of a mean, `(n,)`.
+            shares: What each sample adds to the denominator of a mean, `(n,)`; zero where it has no loss.
             mean: The whole loss is a mean, not a sum.
+            terms: Of how many terms each sample's loss is the mean, `(n,)`.
+            total: Of the whole loss.
         """
         if self.foreign:
-            return self.gradient(own)
+            return _times(self.gradient(own), terms, total)
         lin, claim = self._at.lin, (Fact.ROWS_OF_LOSS, mean)
         slope = lin.gradient([torch.ones_like(lin.outputs[0])])
         whole = self._joined([slope[i] for i in self._used]).detach()
-        if mean:
-            factors = torch.where(shares > 0, shares.sum() / torch.where(shares > 0, shares, 1.0), 0.0)
-            whole = whole * factors.to(whole).unsqueeze(1)
-        if self._due(*claim):
+        due = self._due(*claim)
+        if mean and terms is shares and not due:  # a part of the whole's slope is a sample's own times its share
+            return whole * (float(shares.sum()) / math.sqrt(total))
+        factors = torch.where(shares > 0, shares.sum() / torch.where(shares > 0, shares, 1.0), 0.0) if mean else shares
+        if due:
             plain = self.gradient(own)
-            if not worst_disagreement([(whole, plain)]) <= lin.tolerance:
-                return plain
+            if not worst_disagreement([(_times(whole, factors), plain)]) <= lin.tolerance:
+                return _times(plain, terms, total)
             lin.proofs.remember(*claim)
-        return whole
+        return _times(whole, factors * terms, total)
 
     def _due(self, *claim: Hashable) -> bool:
         """Return whether a claim about a torch loss has to be looked at: it is not proved, or was long ago."""
         proofs = self._at.lin.proofs
-        return proofs.needs(*claim) or proofs.spot_due(str(claim[0]))
+        # Nothing that a loss of torch's own computes is hidden from its graph, by which proofs are kept.
+        return proofs.needs(*claim) or (torch_loss(self._loss) is None and proofs.spot_due(str(claim[0])))
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Return outputs `(n, entries)`, in the dtype of the first."""
@@ -191,9 +214,7 @@ class LossAtOutput:
             NonFiniteError: It holds NaN or Inf.
             InputError: The loss mixes samples, is not convex in the output, or is of a kind too large for its blocks.
         """
-        expected = None
-        if losses is not None and not self.foreign:
-            expected = softmax_of_labels(losses, self.y, self.leaves, self._at.lin.proofs, self._counted)
+        expected = None if losses is None else self._labelled(losses)
         if expected is not None and not expected.is_due():
             return expected.form
         found = ProbedHessian(self._products, self.like, self.leaves, self._computed_in)
@@ -208,6 +229,32 @@ class LossAtOutput:
         if expected is not None and expected.agrees(found):
             return expected.form
         return found.softmax(self._counted) or self._blocks()
+
+    def _labelled(self, losses: RowLosses) -> KnownSoftmax | None:
+        """Return the Hessian that labels make it expected to have, where they fit the output."""
+        if self.foreign:
+            return None
+        proofs = self._at.lin.proofs if self._settings is None else self.found.lin.proofs
+        counted = self._counted if self._settings is None else None
+        return softmax_of_labels(losses, self.y, self.leaves, proofs, counted, self._settings)
+
+    def of_labels(self, losses: RowLosses, computed: Callable[[], Tensor]) -> Tensor:
+        """Return the slopes of the samples' own losses that `slopes` does: from the labels, where that was proved.
+
+        Args:
+            losses: Of the rows.
+            computed: Computes them.
+        """
+        known = None if self._settings is None else self._labelled(losses)
+        if known is None:
+            return computed()
+        found = known.form.at(self.y)
+        if known.is_due(Fact.ROWS_OF_LOSS):
+            plain = computed()
+            if not worst_disagreement([(found, plain)]) <= self.found.lin.tolerance:
+                return plain
+            known.proved(Fact.ROWS_OF_LOSS)
+        return found
 
     def _blocks(self) -> FullBlocks:
         if self.samples * self.entries**2 > _FULL_ENTRIES:
@@ -225,6 +272,10 @@ class LossAtOutput:
         kept[-1] = True
         root = (vectors * values.clamp_min(0).sqrt().unsqueeze(1))[..., kept].to(self.like.dtype)
         return FullBlocks(root, matrix.diagonal(dim1=1, dim2=2) != 0)
+
+
+def _times(slopes: Tensor, factors: Tensor, total: float = 1.0) -> Tensor:
+    return slopes * (factors / math.sqrt(total)).to(slopes).unsqueeze(1)
 
 
 def _root(diagonal: Tensor) -> Tensor:

@@ -90,11 +90,16 @@ class SideSum:
     def add(self, rows: Tensor, factor: float) -> None:
         """Add rows."""
         rows = rows.unsqueeze(0) if rows.ndim == 3 else rows
-        self.diagonal = rows.shape[-1] > self.widest
+        size = rows.shape[-1]
+        self.diagonal = size > self.widest
         if self.diagonal:
             self.add_diagonal(rows.square().sum((0, 2)), factor)
             return
-        starts = range(0, max(1, rows.shape[-1]), _STRIP)
+        if size <= _STRIP:  # one strip, which is all
+            self.strips = self.strips or [Running()]
+            self.strips[0].add(_gram(rows, rows), factor)
+            return
+        starts = range(0, size, _STRIP)
         self.strips = self.strips or [Running() for _ in starts]
         for strip, start in zip(self.strips, starts, strict=True):
             stop = start + _STRIP
@@ -157,8 +162,9 @@ class SideSum:
 
 def _gram(left: Tensor, right: Tensor) -> Tensor:
     """Return `left.T @ right`, `(g, p, q)`, of rows `(b, g, n, p)` and `(b, g, n, q)`, some parts b at a time."""
-    if len(left) == 1:
-        return left[0].mT @ right[0]
+    if left.shape[0] == 1:
+        first = left[0]
+        return torch.bmm(first.mT, first if right is left else right[0])
     step = max(1, ENTRIES // max(1, left.shape[1] * left.shape[3] * right.shape[3]))
     parts = ((a.mT @ b).sum(0) for a, b in zip(left.split(step), right.split(step), strict=True))
     return sum(parts, left.new_zeros(()))

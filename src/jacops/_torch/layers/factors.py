@@ -33,15 +33,19 @@ class LayerRows:
 
     Attributes:
         sites: The uses of the leaves that are covered.
+        uses: These by leaf.
         missing: Leaves that enter in a way that has no rule, or whose rows could not be distinguished.
+        made: What was made of places, shapes and rules of the uses alone in earlier calls: it holds for this one too.
     """
 
     def __init__(self, lin: Linearization, samples: int, plainly: bool = False) -> None:
         self.lin, self.samples = lin, samples
-        found = {} if plainly else sample_uses(lin, samples)
+        found, self.made = ({}, {}) if plainly else sample_uses(lin, samples)
         # A parameter without entries has rows without entries, wherever it enters.
-        self.missing = [j for j, t in enumerate(lin.leaves) if t.numel() and j not in found]
-        self.sites = [use for leaf, own in found.items() if lin.leaves[leaf].numel() for use in own]
+        sizes = lin.domain.sizes
+        self.missing = [j for j, size in enumerate(sizes) if size and j not in found]
+        self.uses = {j: found[j] if size else [] for j, size in enumerate(sizes) if j in found or not size}
+        self.sites = [use for own in self.uses.values() for use in own]
 
     def sweep(
         self, seeds: Sequence[Tensor], sites: Sequence[ParameterUse] | None = None, create_graph: bool = False
@@ -68,11 +72,12 @@ class LayerRows:
             RouteFailedError: Torch cannot take them.
         """
         sites = self.sites if sites is None else sites
-        edges = {use.node: use.edge for use in sites}  # a weight and its bias enter together
-        entries = {use.node: use.shape.numel() for use in sites}
-        step = at_once(sum(entries.values()))
-        for some in seeds.split(step) if sites else ():
-            found = passed(self.lin, self.lin.outputs, list(edges.values()), [some])
+        if not sites:
+            return
+        edges, many = {use.node: use.edge for use in sites}, seeds.shape[0]  # a weight and its bias enter together
+        step = at_once(sum({use.node: use.shape.numel() for use in sites}.values())) if many > 1 else 1
+        for some in seeds.split(step) if many > step else (seeds,):
+            found = passed(self.lin, self.lin.outputs, [*edges.values()], [some])
             by_node = dict(zip(edges, found, strict=True))
             yield [_deltas(use, by_node[use.node], some) for use in sites]
 
@@ -158,7 +163,7 @@ class LayerRows:
 
 def _deltas(use: ParameterUse, found: Tensor | None, seeds: Tensor) -> Tensor:
     """Return cotangents `(m, *shape)` at a use's output as rows `(m, n, T, …)`; zero where nothing arrives."""
-    cotangent = seeds.new_zeros(len(seeds), *use.shape, dtype=use.dtype) if found is None else plain(found)
+    cotangent = seeds.new_zeros(seeds.shape[0], *use.shape, dtype=use.dtype) if found is None else plain(found)
     return use.deltas(cotangent)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from ..sweeps.linearization import Linearization
-from .rules import Entry, Rule, output_shape, refusal
+from .rules import Entry, RowLayout, Rule, output_shape, refusal
 from .uses import ParameterUse
 
 
@@ -25,6 +25,8 @@ class _UsePlace:
     sum: int | None
     edge: tuple[int, int] | None
     order: int
+    layout: RowLayout | None
+    turned: bool
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,16 @@ class KnownUses:
     Attributes:
         uses: By leaf.
         ends: Which leaf stands at each end of the graph, None for another tensor.
-        shapes: Of the outputs of operations between leaves and uses, these included.
+        shapes: Of the outputs of operations between leaves and uses, these included, and their dtypes.
         leaves: Shapes and dtypes of all leaves.
+        made: What is made of these alone, by the names of those who made it.
     """
 
     uses: Mapping[int, Sequence[_UsePlace]]
     ends: tuple[tuple[int, int | None], ...]
-    shapes: tuple[tuple[int, torch.Size], ...]
+    shapes: tuple[tuple[int, list[int], torch.dtype], ...]
     leaves: tuple[Any, ...]
+    made: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, lin: Linearization, found: Mapping[int, Sequence[ParameterUse]]) -> KnownUses:
@@ -59,7 +63,7 @@ class KnownUses:
         return cls(
             {leaf: [_placed(use, nodes) for use in own] for leaf, own in found.items()},
             tuple((nodes[node], leaf) for node, leaf in ends.items()),
-            tuple((nodes[node], output_shape(node)) for node in dict.fromkeys([*between, *sums])),
+            tuple((nodes[node], *_kind(node)) for node in dict.fromkeys([*between, *sums])),
             _kinds(lin),
         )
 
@@ -72,19 +76,23 @@ class KnownUses:
             variable = nodes[place].variable
             if (variable is not leaves[leaf]) if leaf is not None else any(variable is own for own in leaves):
                 return None
-        if any(output_shape(nodes[place]) != shape for place, shape in self.shapes):
-            return None
+        for place, shape, dtype in self.shapes:
+            made = nodes[place]._input_metadata[0]
+            if [*made.shape] != shape or made.dtype is not dtype:
+                return None
         found: dict[int, list[ParameterUse]] = {}
         for leaf, own in self.uses.items():
             found[leaf] = []
             for use in own:
                 node, entry = nodes[use.node], use.entry
-                if refusal(use.rule, node, entry) is not None:
+                # All that a rule without a source looks at was compared, or is in the wiring.
+                if use.rule.has_source and refusal(use.rule, node, entry) is not None:
                     return None
                 if use.edge is not None:
                     entry = replace(entry, edge=GradientEdge(nodes[use.edge[0]], use.edge[1]))
                 after = None if use.sum is None else nodes[use.sum]
                 one = ParameterUse(node, entry, use.shape, use.rule, leaves[leaf], after, samples, use.order)
+                vars(one).update(_layout=use.layout, turned=use.turned)  # which it would compute of the same
                 found[leaf].append(one)
         return found
 
@@ -93,7 +101,12 @@ def _placed(use: ParameterUse, nodes: Mapping[Any, int]) -> _UsePlace:
     after, edge = None if use.sum is None else nodes[use.sum], use.entry.edge
     entry = use.entry if edge is None else replace(use.entry, edge=None)  # which would keep its graph
     made = None if edge is None else (nodes[edge.node], edge.output_nr)
-    return _UsePlace(nodes[use.node], entry, use.shape, use.rule, after, made, int(use.order))
+    place, order = nodes[use.node], int(use.order)
+    return _UsePlace(place, entry, use.shape, use.rule, after, made, order, use._layout, use.turned)
+
+
+def _kind(node: Any) -> tuple[list[int], torch.dtype]:
+    return [*output_shape(node)], node._input_metadata[0].dtype
 
 
 def _kinds(lin: Linearization) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from .uses import ParameterUse, cotangents, find_uses
 _FAR = 1e-3
 
 
-def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse]]:
-    """Return all uses that have a rule and whose rows belong to samples, by leaf.
+def sample_uses(lin: Linearization, samples: int) -> tuple[dict[int, list[ParameterUse]], dict[str, Any]]:
+    """Return all uses that have a rule and whose rows belong to samples, by leaf, and what is known to be made of them.
 
     Where rows belong to none, an operation may be part of what makes a weight, and uses are looked for behind it.
 
@@ -32,8 +33,8 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
     key = (Fact.ORDERS_OF_ROWS, samples, lin.graph_info.wiring, lin.domain.names)
     known: KnownUses | None = None if proofs.needs(*key) else proofs.known.get(key)
     found = None if known is None else known.at(lin, samples)
-    if found is not None:
-        return found
+    if known is not None and found is not None:
+        return found, known.made
     found = find_uses(lin, repeated=True)
     orders: list[Order | None] = [1 for _ in _flat(found)]  # of one sample any order is right
     if samples > 1:
@@ -47,9 +48,10 @@ def sample_uses(lin: Linearization, samples: int) -> dict[int, list[ParameterUse
         found = _placed(found, orders, samples)
     # Of samples that are alike, a path from one to another may vanish (x - x.mean(0)): such orders are found again.
     if orders and all(isinstance(order, int) for order in orders) and (samples == 1 or outputs_differ(lin.outputs)):
-        proofs.known[key] = KnownUses.of(lin, found)
+        known = proofs.known[key] = KnownUses.of(lin, found)
         proofs.remember(*key)
-    return found
+        return found, known.made
+    return found, {}
 
 
 def _flat(found: dict[int, list[ParameterUse]]) -> list[ParameterUse]:

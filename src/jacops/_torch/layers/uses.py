@@ -108,8 +108,14 @@ class ParameterUse:
         """What multiplies the leaf, `(R, …)`, as numbers."""
         return self._found(attached=False)
 
-    @restoring
     def _found(self, attached: bool) -> Tensor | None:
+        if self.rule.views and self.sum is None and not attached:  # its graph is dropped at once, sooner than left out
+            found = self.rule.operand(self.node, self.entry)
+            return None if found is None else found.detach()
+        return self._computed(attached)
+
+    @restoring
+    def _computed(self, attached: bool) -> Tensor | None:
         with torch.set_grad_enabled(attached):
             found = self.rule.operand(self.node, self.entry)
         if found is not None and self.sum is not None:
@@ -139,8 +145,7 @@ class ParameterUse:
     def delta(self, cotangent: Tensor, attached: bool = False) -> Tensor:
         """Return a cotangent at the operation's output as rows `(n, T, …)` of the rule, with their graph."""
         if self.kind == "outer" and self._layout is not None:
-            spread = self._layout.spread(cotangent, self.samples, self.order)
-            return spread.unflatten(2, (self._layout.groups, -1))
+            return self._layout.grouped(cotangent, self.samples, self.order)
         # Rules of outer products and lookups return the cotangent: only vectors are multiplied here.
         factor = None if self.kind != "vector" else self.attached if attached else self.operand
         rows = by_sample(self.rule.rows(self.node, cotangent, self.entry, factor), self.samples, self.order)
@@ -149,7 +154,7 @@ class ParameterUse:
     def deltas(self, cotangents: Tensor) -> Tensor:
         """Return the rows `(k, n, T, …)` for several cotangents `(k, *shape)`."""
         if self.kind == "outer" and self._layout is not None:
-            return self._layout.spread(cotangents, self.samples, self.order).unflatten(3, (self._layout.groups, -1))
+            return self._layout.grouped(cotangents, self.samples, self.order)
         if self.kind == "vector" and self.operand is None and self.entry.copies == 1 and len(self.shape) > 1:
             # The first axis becomes rows, for any cotangent.
             rows = self.rule.rows(self.node, cotangents.flatten(0, 1), self.entry, None)

@@ -239,7 +239,9 @@ def _cases(output: Tensor, y: Any) -> Iterator[_Case]:
         yield from (_Case("bernoulli", first), _Case("gaussian", first))
 
 
-def row_scale(losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likelihood | None]) -> tuple[Tensor, float]:
+def row_scale(
+    losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likelihood | None], shares: Tensor | None = None
+) -> tuple[Tensor, float]:
     """Return of how many terms each row's own loss is the mean, `(rows,)`, and the denominator of the whole loss.
 
     Times its number of terms a row's loss is a sum of terms, as in a sum over all rows; a loss of which the terms are
@@ -250,12 +252,13 @@ def row_scale(losses: RowLosses, y: Any, rows: int, computed: Callable[[], Likel
         y: The target.
         rows: How many there are.
         computed: Computes the likelihood of a loss that is none of torch's own.
+        shares: What each row adds to the denominator of a mean, where that is known.
     """
     ones = torch.ones(rows, dtype=torch.float64)
     if losses.reduction == "sum":
         return ones, 1.0
     if counts_targets(losses.loss, y):
-        terms = losses.denominators(y, rows)
+        terms = losses.denominators(y, rows) if shares is None else shares
     elif (known := terms_per_row(losses.loss, y)) is not None:
         terms = known * ones
     elif torch_loss(losses.loss) or (found := computed()) is None:

@@ -7,7 +7,7 @@ such a loss is has to be read off its values and derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -73,6 +73,35 @@ def torch_loss(loss: Any) -> str | None:
 def counts_targets(loss: Any, y: Any) -> bool:
     """Return whether a loss is torch's cross-entropy or NLL with labels, whose mean divides by their weights."""
     return isinstance(y, Tensor) and not y.is_floating_point() and torch_loss(loss) in ("cross_entropy", "nll_loss")
+
+
+class LabelSettings(NamedTuple):
+    """All that torch's own cross-entropy depends on besides finite scores and their labels, where it has no weights."""
+
+    reduction: str
+    ignored: int
+
+
+def label_settings(loss: Any, y: Any, output: Any) -> LabelSettings | None:
+    """Return the settings of torch's own cross-entropy of scores by labels.
+
+    None for any other loss, also where labels are weighted or smoothed, or scores are coarser than float32: what such a
+    loss is has to be read off its graph.
+    """
+    if not counts_targets(loss, y) or torch_loss(loss) != "cross_entropy" or type(output) is not Tensor:
+        return None
+    shape, exact = output.shape, output.dtype in (torch.float32, torch.float64)
+    if not exact or y.dtype is not torch.int64 or len(shape) < 2 or y.shape != shape[:1] + shape[2:] or not y.numel():
+        return None
+    if isinstance(loss, nn.Module) and (loss.weight is not None or loss.label_smoothing):
+        return None
+    return LabelSettings(reduction_of(loss), getattr(loss, "ignore_index", -100))
+
+
+def are_classes(y: Tensor, classes: int, ignored: int) -> bool:
+    """Return whether labels are those of so many classes, or are ignored: torch refuses others."""
+    low, high = torch.stack(torch.aminmax(y)).tolist()  # one look at a device
+    return (low >= 0 and high < classes) or bool((((y >= 0) & (y < classes)) | (y == ignored)).all())
 
 
 def reduction_of(loss: Any) -> str:

@@ -68,6 +68,12 @@ class Softmax:
         chosen.scatter_add_(3, drawn, chosen.new_ones(()).expand(drawn.shape))
         return chosen.mul_(self.root).flatten(2)
 
+    def at(self, labels: Tensor) -> Tensor:
+        """Return `p - e_c`, `(n, entries)`, for the classes c that are labels, zero where these do not count."""
+        classes = torch.where(self.real, labels.reshape(self.real.shape), 0)
+        chosen = self.p.scatter_add(2, classes, self.p.new_full((), -1.0).expand(classes.shape))
+        return chosen.mul_(self.root).flatten(1)
+
 
 @dataclass(frozen=True, eq=False)
 class Given:

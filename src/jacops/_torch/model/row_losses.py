@@ -184,6 +184,16 @@ class RowLosses:
         terms = self.terms(output, y, rows).sum()
         return terms / self.denominators(y, rows).sum().to(terms) if self.reduction == "mean" else terms
 
+    def own(self, many: int) -> Callable[[Any, Any], Tensor]:
+        """Return a loss of `many` rows that is the sum of their own losses; a row that is ignored has none."""
+
+        def own(output: Any, y: Any) -> Tensor:
+            shares = self.denominators(y, many) if self.reduction == "mean" else torch.ones(many)
+            terms = self.terms(output, y, many)
+            return (terms / torch.where(shares > 0, shares, 1.0).to(terms)).sum()
+
+        return own
+
     def terms(self, output: Any, y: Any, rows: int) -> Tensor:
         """Return the numerators `(rows,)` of a batch's loss: a row's own loss times its denominator."""
         alone = self._unreduced()

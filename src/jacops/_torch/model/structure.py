@@ -32,6 +32,7 @@ class ModelStructure:
         model: A module.
 
     Attributes:
+        named_modules: `[*model.named_modules()]`.
         modules: `model.modules()`, by identity.
         kinds: Their classes.
         parameters: `dict(model.named_parameters())`.
@@ -43,6 +44,7 @@ class ModelStructure:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         named = _named_modules(model)
+        self.named_modules = [*named.values()]
         self.modules = {here: module for here, (_, module) in named.items()}
         self.kinds = tuple(map(type, self.modules.values()))
         parameters = _by_first_names([(path, m._parameters) for path, m in named.values() if m._parameters])

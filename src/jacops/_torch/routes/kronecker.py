@@ -79,7 +79,7 @@ class RecordedBatch:
         self.lin = lin
         (self.output,) = lin.outputs
         self._layers = LayerRows(lin, self.samples)
-        self.uses = {leaf: [self._layers.sites[i] for i in own] for leaf, own in self._layers.by_leaf}
+        self.uses = self._layers.uses
 
     @property
     def samples(self) -> int:
@@ -99,11 +99,16 @@ class RecordedBatch:
 
     def groups(self) -> tuple[Group, ...]:
         """Return the parameters in groups, each parameter once, in the order of their weights."""
+        made = self._layers.made
+        if self.uses and "groups" in made:
+            return made["groups"]
         partners, grouped = self._biases(), []
         taken = set(partners.values())
         for leaf in range(len(self.lin.leaves)):
             if leaf not in taken:
                 grouped.append(self._group(leaf, partners.get(leaf)))
+        if "_noise" not in vars(self) and self.uses:  # no values took part in it
+            made["groups"] = tuple(grouped)
         return tuple(grouped)
 
     def misfit(self, groups: Sequence[Group]) -> int | None:
@@ -201,7 +206,7 @@ class RecordedBatch:
             sides = (delta, entries) if group.turned else (entries, delta)
             return OuterGradients(*sides, swapped=not group.turned)
         if with_one:
-            operand = _beside(operand, site.ones(operand))
+            operand = _with_one(site, operand)
         swapped = site.turned != group.turned
         return OuterGradients(operand[None], delta, swapped) if swapped else OuterGradients(delta, operand[None])
 
@@ -271,8 +276,11 @@ def _given(operand: Tensor | None) -> Tensor:
     return operand
 
 
-def _beside(operand: Tensor, ones: Tensor) -> Tensor:
-    """Return both along the last axis, in the operand's layout: patches of images have that axis outermost."""
+def _with_one(site: ParameterUse, operand: Tensor) -> Tensor:
+    """Return operands of a weight and its bias in the layout of the weight's: of patches the last axis is outermost."""
+    if operand.stride(-1) == 1 and not isinstance(site.order, Tensor):
+        return torch.constant_pad_nd(operand, (0, 1), 1.0)
+    ones = site.ones(operand)
     if operand.stride(-1) == 1:
         return torch.cat([operand, ones], -1)
     return torch.cat([operand.movedim(-1, 0), ones.movedim(-1, 0)]).movedim(0, -1)

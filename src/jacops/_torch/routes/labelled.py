@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..._ladder.names import Fact
-from ..model.loss_facts import counts_targets, torch_loss
+from ..model.loss_facts import LabelSettings, counts_targets, torch_loss
 from ..model.output_curvature import ProbedHessian, Softmax
 from ..model.row_losses import RowLosses
 from ..sweeps.proofs import Proofs
@@ -22,28 +23,39 @@ class KnownSoftmax:
     Attributes:
         form: The Hessian.
         reduction: How the loss is taken to reduce rows.
-        proofs: Of the loss's graph, recorded at the output.
+        proofs: Of the loss's graph, recorded at the output; or of the model's.
+        settings: Of torch's own cross-entropy, whose slopes and Hessian depend on nothing else.
     """
 
     form: Softmax
     reduction: str
     proofs: Proofs
+    settings: LabelSettings | None = None
 
-    def is_due(self) -> bool:
+    def is_due(self, what: Fact = Fact.SOFTMAX_OF_LABELS) -> bool:
         """Return whether it has to be compared with products: it is not proved for this graph, or was long ago."""
-        claim = Fact.SOFTMAX_OF_LABELS, self.reduction
-        return self.proofs.needs(*claim) or self.proofs.spot_due(claim[0])
+        due = self.proofs.needs(what, self.reduction, self.settings)
+        return due or (self.settings is None and self.proofs.spot_due(what))
+
+    def proved(self, what: Fact = Fact.SOFTMAX_OF_LABELS) -> None:
+        """Remember that it was compared."""
+        self.proofs.remember(what, self.reduction, self.settings)
 
     def agrees(self, probed: ProbedHessian) -> bool:
         """Return whether products are what it gives, and remember that."""
         if not probed.agrees(self.form):
             return False
-        self.proofs.remember(Fact.SOFTMAX_OF_LABELS, self.reduction)
+        self.proved()
         return True
 
 
 def softmax_of_labels(
-    losses: RowLosses, y: Any, outputs: Sequence[Tensor], proofs: Proofs, counted: Tensor | None = None
+    losses: RowLosses,
+    y: Any,
+    outputs: Sequence[Tensor],
+    proofs: Proofs,
+    counted: Tensor | None = None,
+    settings: LabelSettings | None = None,
 ) -> KnownSoftmax | None:
     """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output.
 
@@ -53,6 +65,7 @@ def softmax_of_labels(
         outputs: The model's output.
         proofs: Of the loss's graph.
         counted: Which labels count, where that is known.
+        settings: Of torch's own cross-entropy.
     """
     output = outputs[0].detach()
     if len(outputs) != 1 or not isinstance(y, Tensor) or not losses.counts_targets(y) or losses.lag(y):
@@ -63,10 +76,17 @@ def softmax_of_labels(
     (axis,) = axes
     shape = output.shape
     folded = (shape[0], shape[1:axis].numel(), shape[axis], shape[axis + 1 :].numel())
-    shares = losses.label_shares(y).reshape(folded[0], folded[1], 1, folded[3])
+    p, places = output.softmax(axis).reshape(folded), (folded[0], folded[1], 1, folded[3])
+    if settings is not None:
+        real = (y != settings.ignored).reshape(places).to(output.device)
+        root = real.to(output)
+        if losses.reduction == "mean":
+            root *= root.sum(dtype=torch.float64).clamp_(min=1).rsqrt_()
+        return KnownSoftmax(Softmax(p, root, real), losses.reduction, proofs, settings)
+    shares = losses.label_shares(y).reshape(places)
     factor = shares / shares.sum() if losses.reduction == "mean" else shares
     real = shares > 0 if counted is None else counted.reshape(shares.shape)
-    form = Softmax(output.softmax(axis).reshape(folded), factor.sqrt().to(output), real.to(output.device))
+    form = Softmax(p, factor.sqrt().to(output), real.to(output.device))
     return KnownSoftmax(form, losses.reduction, proofs)
 
 

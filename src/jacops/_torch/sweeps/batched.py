@@ -18,10 +18,10 @@ from ..._ladder.failures import RouteNotFiniteError, RouteWrongError
 from ..._ladder.plan import Cost
 from ..._ladder.route import answer
 from ..._runtime.agreement import worst_disagreement
-from ..._runtime.contexts import sweeping
+from ..._runtime.contexts import is_sweeping, sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import stacked
+from ..._runtime.rows import plain, stacked
 from .ask import SweepAsk
 from .linearization import Linearization
 
@@ -51,12 +51,25 @@ class EdgeAsk(SweepAsk):
         self.shape = len(self.edges)  # proofs are per number of places
         self.routes: dict[str, str] = {}  # a part of other routes, which describe themselves
 
-    @restoring
     def sweep(self, rows: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:
         """Return what one pass finds at every edge."""
-        self.lin.sweeps += 1
-        with sweeping(self.outputs[0]):
-            return list(swept(self.outputs, self.edges, rows, batched=batched))
+        return list(_one_pass(self.lin, self.outputs, self.edges, rows, batched))
+
+
+def _one_pass(
+    lin: Linearization, outputs: Sequence[Tensor], edges: Sequence[Any], rows: Sequence[Tensor], batched: bool = False
+) -> Sequence[Tensor | None]:
+    lin.sweeps += 1
+    if is_sweeping(outputs[0]):
+        return swept(outputs, edges, rows, batched=batched)
+    return _swept_elsewhere(outputs, edges, rows, batched)
+
+
+@restoring
+def _swept_elsewhere(outputs: Sequence[Tensor], edges: Sequence[Any], rows: Sequence[Tensor], batched: bool) -> Any:
+    """Sweep where the caller has switched gradients off, or autocast on."""
+    with sweeping(outputs[0]):
+        return swept(outputs, edges, rows, batched=batched)
 
 
 class LastRowMatchesPlain:
@@ -137,6 +150,9 @@ def passed(
     lin: Linearization, outputs: Sequence[Tensor], edges: Sequence[Any], cotangents: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Return `(m, …)` at every edge for cotangents `(m, …)` of every output; None where nothing arrives."""
+    if cotangents[0].shape[0] == 1:  # a plain pass, which is right by definition and needs no choice of routes
+        found = _one_pass(lin, outputs, edges, [c[0] for c in cotangents])
+        return [None if own is None else plain(own).unsqueeze(0) for own in found]
     question = f"pull to {len(edges)} places"
     return answer(EdgeAsk(question, lin, cotangents, cotangents[0].shape[0], outputs=outputs, edges=edges), TO_EDGES)
 

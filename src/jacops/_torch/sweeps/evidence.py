@@ -293,8 +293,8 @@ def _as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(value) if indices else None
 
 
-def _is_of_torch(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
+def _is_of_torch(defined: Any) -> bool:
+    return str(defined.__module__).partition(".")[0] == "torch"
 
 
 def _methods(module: nn.Module) -> Iterator[Any]:
@@ -324,6 +324,8 @@ def _owners(function: Any, depth: int) -> Iterator[tuple[Any, str]]:
         yield from _owners(function.__self__, depth - 1)
         yield from _owners(function.__func__, depth - 1)
     elif depth and inspect.isfunction(function):
+        if _is_of_torch(function) and function.__closure__ is None:
+            return  # what torch's own functions read besides their arguments shows in the graph
         yield function, "captured"
         for value in captured(function).values():
             if isinstance(value, nn.Module | partial) or inspect.isfunction(value) or inspect.ismethod(value):

@@ -20,6 +20,7 @@ from ..._trees import Selector, Tree, output_leaves, select
 from ...errors import InputTypeError, ModelStateError, NotDifferentiableError
 from ..model.cut import At, Cut
 from ..model.inputs import ForwardExplained, check_fallback, check_params, input_leaves, private_inputs, split_input
+from ..model.loss_facts import torch_loss
 from ..model.replica import Replica, replica_of
 from ..model.structure import ModelStructure, PlainFunction, check_state, structure_by_inputs, structure_of
 from .graph import reaches
@@ -106,6 +107,7 @@ class ModelRun:
         aside: Leaves of the output without a derivative are set aside instead of refused.
         pulled: Only pulls are taken of the graph, never their derivatives: attention keeps the caller's kernels.
         anew: A new graph is expected, so that it is observed in the first run.
+        consists: What the module without wrappers consists of, where the call found that already.
 
     Attributes:
         structure: What the module without wrappers consists of when it is recorded.
@@ -133,6 +135,7 @@ class ModelRun:
     aside: bool = False
     pulled: bool = False
     anew: bool = False
+    consists: ModelStructure | None = None
     structure: ModelStructure = field(init=False)
     given: tuple[list[Any], Tree] = field(init=False)
     chosen: dict[str, Tensor] = field(init=False)
@@ -159,7 +162,8 @@ class ModelRun:
             NotDifferentiableError: Nothing among the inputs has a derivative.
         """
         refuse_transforms()  # before weights are copied: inside one, copies have no memory of their own
-        structure = structure_by_inputs(self.model) if self.parameters is None else structure_of(self.model)
+        find = structure_by_inputs if self.parameters is None else structure_of
+        structure = self.consists or find(self.model)
         check_state(structure)
         check_fallback(self.fallback)
         given, _ = self.given = input_leaves(self.value)
@@ -292,14 +296,14 @@ def record_at_outputs(
 
     With `connected` its derivatives can be differentiated by what is before it.
     """
-    lin = found.lin
-    with recording(advance=True):
+    lin, plain = found.lin, torch_loss(purpose) is not None  # torch's losses use no kernel that a recording replaces
+    with recording(plain=plain and not connected, advance=True):
         kept = [connected and output.requires_grad for output in lin.outputs]
         pairs = zip(lin.outputs, kept, strict=True)
         leaves = [output.view_as(output) if keep else output.detach().requires_grad_() for output, keep in pairs]
-        value = finish(found.tree.build([leaf.clone() for leaf in leaves]))
+        value = finish(found.tree.build(leaves if plain else [leaf.clone() for leaf in leaves]))
     tensors, tree = output_leaves(value)
-    inner, outer_names = lin.codomain.names, tree.names
+    inner, outer_names = found.tree.names, tree.names
     outer = Linearization(leaves, tensors, leaf_names=inner, output_names=outer_names, call=call, private=True)
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.proofs.checks), SideEffects())

@@ -13,6 +13,7 @@ class MatrixProduct(Rule):
     """`z = x W`, the weight second; `saved` names the first."""
 
     kind = "outer"
+    views = True
 
     def __init__(self, saved: str, factors: tuple[str, ...] = ()) -> None:
         self._saved, self.factors = saved, factors

@@ -96,6 +96,14 @@ class RowLayout:
         split = raw.reshape(*lead, *self.sizes).permute(*range(ahead), *(ahead + i for i in self.order))
         return by_sample(split.reshape(*lead, *self.row_sizes, self.channels), many, order, ahead, self.rows)
 
+    def grouped(self, raw: Tensor, many: int, order: Order) -> Tensor:
+        """Return tensors `(…, *shape)` as `(…, samples, positions, groups, channels of a group)`."""
+        groups = self.groups
+        if self._in_order and _samples_first(self._rows_in_all, many, order):
+            lead = raw.shape[: raw.ndim - len(self.shape)]
+            return raw.reshape(*lead, many, self._rows_in_all // many, groups, self.channels // groups)
+        return self.spread(raw, many, order).unflatten(-1, (groups, self.channels // groups))
+
     def gathered(self, rows: Tensor) -> Tensor:
         """Undo `spread`."""
         lead = rows.shape[:-2]
@@ -126,6 +134,8 @@ def output_shape(node: Any) -> torch.Size:
 
 def by_sample(rows: Tensor, many: int, order: Order, axis: int = 0, axes: int = 1) -> Tensor:
     """Return rows, along some axes, as `(…, samples, positions, …)`; zero where a sample has fewer than others."""
+    if axis == 0 and axes == 1 and _samples_first(rows.shape[0], many, order):  # as most are
+        return rows.reshape(many, rows.shape[0] // many, *rows.shape[1:])
     lead, total, rest = rows.shape[:axis], rows.shape[axis : axis + axes].numel(), rows.shape[axis + axes :]
     if isinstance(order, Tensor):
         flat = rows.reshape(*lead, total, *rest)
@@ -154,10 +164,14 @@ class Rule(ABC):
     Attributes:
         kind: Which of the three.
         factors: Numbers kept by the operation by which it multiplies, all of which have to be one.
+        has_source: A saved tensor may multiply the tensor.
+        views: The operand is a view of a saved tensor.
     """
 
     kind: ClassVar[Kind]
     factors: tuple[str, ...] = ()
+    has_source = True
+    views = False
 
     def refuses(self, node: Any, entry: Entry) -> str | None:
         """Return why this operation is not the one that the rule describes; None where it is."""
@@ -197,8 +211,9 @@ def refusal(rule: Rule, node: Any, entry: Entry) -> str | None:
     meta = node._input_metadata[0]
     if meta.dtype != entry.dtype or not meta.shape:
         return "its output has another dtype, or no axes"
-    if any(getattr(node, factor) != 1 for factor in rule.factors):
-        return "it is multiplied by a number"
+    for factor in rule.factors:
+        if getattr(node, factor) != 1:
+            return "it is multiplied by a number"
     if rule.kind == "vector" and entry.turned:
         return "the vector is transposed"
     try:  # what is costly to compute is not looked at but at what it is computed from

@@ -23,6 +23,7 @@ class Broadcast(Rule):
 
     def __init__(self, read: Read = nothing, factors: tuple[str, ...] = ()) -> None:
         self._read, self.factors = read, factors
+        self.has_source = read is not nothing or type(self).source is not Broadcast.source
 
     def refuses(self, node: Any, entry: Entry) -> str | None:
         """Refuse a vector that is as large as the output: it may have an entry per sample."""
