@@ -667,7 +667,8 @@ def test_the_number_of_outputs_is_that_of_each_call() -> None:
         model.shape = (width,)
         rows = jacops.sample_jacobians(model, x)
         expected = torch.cat([jacops.jacobian(model, one[None]).dense() for one in x])
-        assert rows.output.shape == (6, width) and rows.codomain.shapes == (torch.Size((6, width)),)
+        assert rows.output.shape == (6, width)
+        assert rows.codomain.shapes == (torch.Size((6, width)),)
         assert torch.allclose(rows.dense(), expected, rtol=0, atol=1e-12)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._finite import is_finite
 from ..._ladder.names import Fact
 from ..model.loss_facts import counts_targets, torch_loss
 from ..model.output_curvature import ProbedHessian, Softmax
@@ -47,6 +48,8 @@ def softmax_of_labels(
 ) -> KnownSoftmax | None:
     """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output.
 
+    Nothing is expected where something is not finite or weights are negative: that is found from products.
+
     Args:
         losses: Of the rows.
         y: The labels.
@@ -66,8 +69,10 @@ def softmax_of_labels(
     shares = losses.label_shares(y).reshape(folded[0], folded[1], 1, folded[3])
     factor = shares / shares.sum() if losses.reduction == "mean" else shares
     real = shares > 0 if counted is None else counted.reshape(shares.shape)
-    form = Softmax(output.softmax(axis).reshape(folded), factor.sqrt().to(output), real.to(output.device))
-    return KnownSoftmax(form, losses.reduction, proofs)
+    p, root = output.softmax(axis).reshape(folded), factor.sqrt().to(output)
+    if not (is_finite(p) and is_finite(root)):  # weights below zero have no roots
+        return None
+    return KnownSoftmax(Softmax(p, root, real.to(output.device)), losses.reduction, proofs)
 
 
 class RecordedLabels:

@@ -44,7 +44,7 @@ class GraphInfo:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What graphs share that a proof is about: a forward may view its values in other shapes, by a flag of its own."""
+        """What graphs share that a proof is about: by a flag, a forward may view values in other shapes."""
         return self.wiring, self.sizes
 
 
