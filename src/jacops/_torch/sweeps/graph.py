@@ -144,13 +144,10 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         kind = _kinds[type_] if type_ in _kinds else _kind(node)
         edges: list[Any] = [type_]
         for parent, number in node.next_functions:
-            if parent is None:
-                place = None
-            elif parent in numbers:
-                place = numbers[parent]
-            else:
-                place = numbers[parent] = len(numbers)
+            if parent is not None and parent not in numbers:
+                numbers[parent] = len(numbers)
                 stack.append(parent)
+            place = None if parent is None else numbers[parent]
             edges += ((place, number) if number else place,)
         wiring += edges
         if kind.scalars is not None:
