@@ -205,3 +205,35 @@ def test_data_that_are_not_finite_are_named_in_remembered_calls_too(case: tuple[
     x[3] = float("nan")
     with pytest.raises(jacops.errors.NonFiniteError, match="row 3"):
         jacops.linalg.diagonal(jacops.ggn(model, cross_entropy, x, y))
+
+
+@pytest.mark.parametrize("name", ["ggn", "diagonal"])
+def test_a_loss_whose_weights_become_negative_is_what_it_is_in_a_first_call(
+    name: str, case: tuple[Branching, Tensor, Tensor]
+) -> None:
+    model, x, y = case
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64))
+
+    def computed() -> Any:
+        if name == "ggn":
+            return jacops.kronecker_factors(model, loss, x, y, kind="ggn")
+        return jacops.linalg.diagonal(jacops.ggn(model, loss, x, y))
+
+    for _ in range(2):
+        computed()
+    loss.weight = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
+    if name == "ggn":
+        with pytest.raises(jacops.errors.InputError, match="not convex"):
+            computed()
+    else:
+        torch.testing.assert_close(computed(), jacops.ggn(model, loss, x, y).dense().diagonal())
+
+
+def test_gradients_whose_squares_overflow_are_no_error_of_python() -> None:
+    torch.manual_seed(0)
+    last = nn.Linear(5, 4)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), last).double()
+    last.weight.data.mul_(1e200)
+    x, y = torch.randn(7, 3, dtype=torch.float64), torch.arange(7) % 4
+    operator = jacops.ggn(model, cross_entropy, x, y)
+    torch.testing.assert_close(jacops.linalg.diagonal(operator), operator.dense().diagonal())

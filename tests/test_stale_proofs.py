@@ -351,6 +351,20 @@ class NowReading(Net):
         self.reads = True
 
 
+class Regrouped(Net):
+    """Two samples share a row of what has the same operations in other shapes; one alone has a row of its own."""
+
+    def prepare(self) -> None:
+        self.together = 1
+
+    def between(self, h: Tensor) -> Tensor:
+        together = self.together if len(h) > 1 else 1
+        return h.view(len(h) // together, -1).softmax(1).view(h.shape)
+
+    def change(self) -> None:
+        self.together = 2
+
+
 CHANGES = {kind.__name__: kind for kind in Net.__subclasses__()} | {
     kind.__name__: kind for kind in GateAtZero.__subclasses__() + GateTrained.__subclasses__()
 }
@@ -634,6 +648,28 @@ def test_the_second_call_is_right_after_any_change(name: str, case: Case) -> Non
         return
     scale = float(right.abs().max())
     assert float((found - right).abs().max()) <= 1e-9 * max(scale, 1e-3)
+
+
+class Widened(nn.Module):
+    """The same operations give another number of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shape = nn.Linear(3, 6).double(), (1,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).tanh()[:, :1].expand(len(x), *self.shape)
+
+
+def test_the_number_of_outputs_is_that_of_each_call() -> None:
+    model, x = Widened(), draw(6, 3)
+    for width in (3, 3, 2, 2, 4, 4, 3):
+        model.shape = (width,)
+        rows = jacops.sample_jacobians(model, x)
+        expected = torch.cat([jacops.jacobian(model, one[None]).dense() for one in x])
+        assert rows.output.shape == (6, width)
+        assert rows.codomain.shapes == (torch.Size((6, width)),)
+        assert torch.allclose(rows.dense(), expected, rtol=0, atol=1e-12)
 
 
 # ---- operators that outlive a change ---------------------------------------------------------------------------------

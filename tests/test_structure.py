@@ -282,3 +282,38 @@ def test_threads_that_call_for_one_model_agree() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+class Adjustable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between, self.last = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+        self.factor, self.squares = 1.0, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.between(self.first(x)) * self.factor
+        return self.last(hidden**2 if self.squares else hidden)
+
+
+def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+ADJUSTED: dict[str, Callable[[Adjustable], object]] = {
+    "flag": lambda model: setattr(model, "squares", True),
+    "number": lambda model: setattr(model, "factor", 3.0),
+    "module": lambda model: setattr(model, "between", nn.Sigmoid()),
+    "hook": lambda model: model.first.register_forward_hook(doubled),
+}
+
+
+@pytest.mark.parametrize("name", ADJUSTED)
+def test_what_a_problem_keeps_is_of_the_model_as_it_was(name: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Adjustable().double(), torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.float64)
+    problem = jacops.Problem(model, nn.functional.mse_loss, [(x, y)])
+    before = problem.hessian().dense()
+    ADJUSTED[name](model)
+    expected = jacops.hessian(model, nn.functional.mse_loss, x, y).dense()
+    assert not torch.allclose(expected, before)
+    torch.testing.assert_close(problem.hessian().dense(), expected)

@@ -18,6 +18,8 @@ from ._ladder.protocol import is_framework_model
 from ._options import Model
 from ._runtime.contexts import arithmetic, eager, out_of_inference
 from ._runtime.restoring import restoring
+from ._runtime.rows import owned
+from ._runtime.side_effects import storage_of
 from ._sharded import closure_jvp, closure_vjp, sharded_closure, sharded_jvp, sharded_vjp
 from ._torch.protocol import Recording, is_sharded, record_closure
 from ._trees import leaves_for
@@ -267,7 +269,7 @@ def _push(found: Recording, v: Vectors, create_graph: bool, batch: bool) -> Any:
     with arithmetic(create_graph):
         rows = lin.push_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.codomain.names, lin)
-        return found.tree.build([given(r if batch else r[0], create_graph) for r in rows])
+        return found.tree.build(_handed_out(rows, vectors, create_graph, batch))
 
 
 @restoring
@@ -280,7 +282,13 @@ def _pull(found: Recording, v: Any, create_graph: bool, batch: bool) -> list[Ten
     with arithmetic(create_graph):
         rows = lin.pull_rows(vectors if batch else [t.unsqueeze(0) for t in vectors], create_graph)
         check_finite(lin.call, rows, lin.domain.names, lin)
-        return [given(r if batch else r[0], create_graph) for r in rows]
+        return _handed_out(rows, vectors, create_graph, batch)
+
+
+def _handed_out(rows: Sequence[Tensor], vectors: Sequence[Tensor], create_graph: bool, batch: bool) -> list[Tensor]:
+    results = [given(row if batch else row[0], create_graph) for row in rows]
+    taken = set(map(storage_of, vectors))
+    return results if create_graph else [owned(result, taken) for result in results]
 
 
 def given(result: Tensor, create_graph: bool) -> Tensor:

@@ -17,6 +17,8 @@ from .._progress import shows_progress, tick, track
 from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
 from .._runtime.memory import Budget, ensure_fits, in_words
 from .._runtime.restoring import restoring
+from .._runtime.rows import owned
+from .._runtime.side_effects import storage_of
 from .._saving import Savable
 from .._space import Space
 from .._torch.protocol import ByLayers, Linearization
@@ -203,14 +205,15 @@ class Operator(Arithmetic, Savable, ABC, Described):
         tick()
         if self.check_finite and not is_finite(vector):
             check_vector(self.name, "v", [vector])
-        return check_result(self, self._apply_vector(vector), "a product")
+        return check_result(self, owned(self._apply_vector(vector), {storage_of(vector)}), "a product")
 
     def _applied(self, rows: Tensor, kept: bool) -> Tensor:
         self.domain.check_rows("v", rows)
         tick()
         if self.check_finite and not is_finite(rows):
             check_vector(self.name, "v", [rows[0] if len(rows) == 1 else rows])
-        return check_result(self, self._apply(out_of_inference(rows) if kept else rows), "a product")
+        image = self._apply(out_of_inference(rows)) if kept else owned(self._apply(rows), {storage_of(rows)})
+        return check_result(self, image, "a product")
 
     @eager
     @shows_progress()

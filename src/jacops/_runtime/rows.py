@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .agreement import SQUARES, as_rows
+from .side_effects import storage_of
 
 Rows = list[Tensor]
 
@@ -16,6 +17,18 @@ Rows = list[Tensor]
 def plain(tensor: Tensor) -> Tensor:
     """Return a tensor without its subclass: derivatives of LieTensors are plain numbers."""
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def owned(result: Tensor, taken: set[int]) -> Tensor:
+    """Return a result in memory of its own, and add that to what is taken.
+
+    Torch passes a cotangent on as the gradient, to several leaves too, where an operation does nothing to it. A caller
+    who writes into a result would write into the vector that was given, or into another result.
+    """
+    if storage_of(result) in taken:
+        result = result.clone()
+    taken.add(storage_of(result))
+    return result
 
 
 def dense(grad: Tensor | None) -> Tensor | None:

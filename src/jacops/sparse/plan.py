@@ -147,7 +147,7 @@ class SparsePlan(Described):
         """
         check_choice("layout", layout, Layout)
         point = point or self.recorded(model, inputs, "SparsePlan")
-        certify = int(self._certified != point.lin.graph_info.wiring) if certify is None else certify
+        certify = int(self._certified != point.lin.graph_info.key) if certify is None else certify
         check_whole("certify", certify, 0)
         found = self.at(point, certify, layout, importance)
         if found is None:
@@ -194,7 +194,7 @@ class SparsePlan(Described):
         check_outputs("SparsePlan", point.lin.outputs, point.lin.codomain.names)
         holds = found.verdict is None or found.verdict.excess <= self._compression(point).prober.tolerance
         if found.verdict is not None:
-            self._certified = point.lin.graph_info.wiring if holds and self._traced and not self._unknown else None
+            self._certified = point.lin.graph_info.key if holds and self._traced and not self._unknown else None
         if not holds and is_finite(found.values):
             if not redetect:
                 return None

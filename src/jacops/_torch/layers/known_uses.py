@@ -33,9 +33,10 @@ class _UsePlace:
 class KnownUses:
     """Uses by places in a graph.
 
-    The wiring of a graph, which they are remembered by, holds types of operations, connections, numbers and flags. All
-    else that uses rest on is compared when they are looked up: which leaf stands at each end of the graph, their shapes
-    and kinds, the sizes on the way from a leaf to its uses, and what rules say of each operation.
+    The key of a graph, which they are remembered by, holds types of operations, connections, numbers, flags and the
+    sizes that operations keep. All else that uses rest on is compared when they are looked up: which leaf stands at
+    each end of the graph, their shapes and kinds, the sizes on the way from a leaf to its uses, and what rules say of
+    each operation.
 
     Attributes:
         uses: By leaf.
@@ -68,7 +69,7 @@ class KnownUses:
         )
 
     def at(self, lin: Linearization, samples: int) -> dict[int, list[ParameterUse]] | None:
-        """Return the uses in another recording of the same wiring; None where something is not what it was."""
+        """Return the uses in another recording of the same key; None where something is not what it was."""
         nodes, leaves = [*lin.graph_info.nodes], lin.leaves
         if lin.aliased_leaves or self.leaves != _kinds(lin):
             return None

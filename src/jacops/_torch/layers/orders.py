@@ -30,7 +30,7 @@ def sample_uses(lin: Linearization, samples: int) -> tuple[dict[int, list[Parame
         samples: How many.
     """
     proofs = lin.proofs
-    key = (Fact.ORDERS_OF_ROWS, samples, lin.graph_info.wiring, lin.domain.names)
+    key = (Fact.ORDERS_OF_ROWS, samples, lin.graph_info.key, lin.domain.names)
     known: KnownUses | None = None if proofs.needs(*key) else proofs.known.get(key)
     found = None if known is None else known.at(lin, samples)
     if known is not None and found is not None:

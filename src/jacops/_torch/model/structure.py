@@ -78,6 +78,15 @@ class ModelStructure:
             return tuple([getattr(module, "training", False) for module in self.modules.values()])
 
     @property
+    def settings(self) -> tuple[Any, ...]:
+        """What a forward depends on besides tensors, as far as it shows here: modules, hooks, and plain attributes."""
+        modules = self.modules.values()
+        plain = [[(name, v) for name, v in vars(module).items() if type(v) in _WORDS] for module in modules]
+        # By the numbers of their handles, which torch gives once in a process.
+        hooks = [(*module._forward_hooks, *module._forward_pre_hooks) for module in modules]
+        return tuple(self.modules), self.kinds, hooks, plain
+
+    @property
     def is_spread(self) -> bool:
         """Whether parameters are spread over processes, by FSDP of either kind or as DTensors."""
         return _may_be_spread() and (any(map(_is_wrapper, self.kinds)) or any(map(is_dtensor, self.tensors)))
@@ -122,6 +131,7 @@ def _by_first_names(held: Iterable[tuple[str, Mapping[str, Held | None]]]) -> di
     return found
 
 
+_WORDS = frozenset({bool, int, float, str, type(None)})
 _NAMED_MODULES = nn.Module.named_modules
 _NAMED_PARAMETERS = nn.Module.named_parameters
 _NAMED_BUFFERS = nn.Module.named_buffers

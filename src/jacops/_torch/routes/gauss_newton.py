@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..._cached import cached_property
-from ..._finite import is_finite
 from ..._runtime.memory import Meter
 from ..._runtime.restoring import restoring
 from ..layers.blocks import Chunk, Found, add_blocks
@@ -107,7 +106,7 @@ def _signed_roots(
     curvature: Rows, output: Tensor, expected: KnownSoftmax | None
 ) -> Sequence[tuple[int, Directions]] | None:
     """Return directions s with signs such that H is the sum of all `sign * s s^T`; None where it mixes samples."""
-    if expected is not None and not expected.is_due() and is_finite(expected.form.p):
+    if expected is not None and not expected.is_due():
         return [(1, expected.form)]
     probed = _probed(curvature, output)
     if probed.mixes:

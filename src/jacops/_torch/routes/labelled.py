@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._finite import is_finite
 from ..._ladder.names import Fact
 from ..model.loss_facts import LabelSettings, counts_targets, torch_loss
 from ..model.output_curvature import ProbedHessian, Softmax
@@ -59,6 +60,8 @@ def softmax_of_labels(
 ) -> KnownSoftmax | None:
     """Return the Hessian of cross-entropy with these labels and weights; None where they do not fit the output.
 
+    Nothing is expected where something is not finite or weights are negative: that is found from products.
+
     Args:
         losses: Of the rows.
         y: The labels.
@@ -77,6 +80,8 @@ def softmax_of_labels(
     shape = output.shape
     folded = (shape[0], shape[1:axis].numel(), shape[axis], shape[axis + 1 :].numel())
     p, places = output.softmax(axis).reshape(folded), (folded[0], folded[1], 1, folded[3])
+    if not is_finite(p):
+        return None
     if settings is not None:
         real = (y != settings.ignored).reshape(places).to(output.device)
         root = real.to(output)
@@ -86,8 +91,10 @@ def softmax_of_labels(
     shares = losses.label_shares(y).reshape(places)
     factor = shares / shares.sum() if losses.reduction == "mean" else shares
     real = shares > 0 if counted is None else counted.reshape(shares.shape)
-    form = Softmax(p, factor.sqrt().to(output), real.to(output.device))
-    return KnownSoftmax(form, losses.reduction, proofs)
+    root = factor.sqrt().to(output)
+    if not is_finite(root):  # weights below zero have no roots
+        return None
+    return KnownSoftmax(Softmax(p, root, real.to(output.device)), losses.reduction, proofs)
 
 
 class RecordedLabels:

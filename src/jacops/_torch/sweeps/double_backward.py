@@ -212,7 +212,7 @@ def typical_entry(grads: Sequence[Tensor | None], sizes: list[float]) -> float:
         grads: The gradients.
         sizes: The norms of those that are there.
     """
-    return math.sqrt(sum(s**2 for s in sizes) / max(sum(g.numel() for g in grads if g is not None), 1))
+    return math.hypot(*sizes) / math.sqrt(max(sum(g.numel() for g in grads if g is not None), 1))  # squares overflow
 
 
 def adjoint_error(

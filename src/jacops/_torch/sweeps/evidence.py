@@ -1,8 +1,9 @@
 """What a remembered proof depends on: the recorded graph, and the entries whose value can hide a path through it.
 
 A proof made where a weight was nonzero survives training; only a value that removes a path can hide one. So a proof
-holds while the wiring of the graph is the same, and while entries of parameters, buffers and small constants that were
-neutral (0, 1 or -1: `g * h`, `(1 - g) * h`, `(1 + g) * h`) still are. Integers and masks count by value.
+holds while the wiring and the sizes of the graph are the same, and while entries of parameters, buffers and small
+constants that were neutral (0, 1 or -1: `g * h`, `(1 - g) * h`, `(1 + g) * h`) still are. Integers and masks count by
+value.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class GraphInfo(NamedTuple):
         leaves: Identities of the leaf tensors the graph ends in.
         nodes: All nodes with their places in the walk, which are the same for every graph of this wiring.
         wiring: Types of nodes, their connections, and the numbers, flags and words that they hold.
+        sizes: Shapes of the tensors walked from, and those that nodes hold.
     """
 
     functions: tuple[str, ...]
@@ -39,6 +40,12 @@ class GraphInfo(NamedTuple):
     leaves: Set[int]
     nodes: Mapping[Any, int]
     wiring: tuple[Any, ...]
+    sizes: tuple[Any, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What graphs share that a proof is about: by a flag, a forward may view values in other shapes."""
+        return self.wiring, self.sizes
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class _Kind:
     Attributes:
         name: The node's name.
         scalars: Reads the saved values that are no tensors and no sizes.
+        sizes: Reads the sizes.
         tensors: Attributes of the saved tensors.
         custom: It is a Python Function's.
         leaf: It ends in a leaf.
@@ -56,6 +64,7 @@ class _Kind:
 
     name: str
     scalars: attrgetter[Any] | None
+    sizes: attrgetter[Any] | None
     tensors: tuple[str, ...]
     custom: bool
     leaf: bool
@@ -67,19 +76,24 @@ _kinds: dict[type, _Kind] = {}
 
 def _kind(node: Any) -> _Kind:
     if isinstance(node, BackwardCFunction):  # not kept: its type may be one of many that a program makes
-        return _Kind(node.name(), None, ("saved_tensors",), True, False)  # pyright: ignore[reportAttributeAccessIssue]
+        return _Kind(node.name(), None, None, ("saved_tensors",), True, False)  # pyright: ignore[reportAttributeAccessIssue]
     names, name = dir(type(node)), node.name()
     tensors = tuple(_SAVED + n.removeprefix(_RAW) for n in names if n.startswith(_RAW))
-    scalars = [n for n in names if n.startswith(_SAVED) and n not in tensors and not _is_size(n)]
+    others = [n for n in names if n.startswith(_SAVED) and n not in tensors and not n.endswith("strides")]
+    scalars, sizes = [n for n in others if not _is_size(n)], [n for n in others if _is_size(n)]
     last = name.rpartition("::")[2]
-    read, refuses = attrgetter(*scalars) if scalars else None, last == _TWICE_REFUSED
-    found = _Kind(name, None if refuses else read, tensors, False, last == "AccumulateGrad", refuses)
+    read, refuses = _reader(scalars), last == _TWICE_REFUSED
+    found = _Kind(name, None if refuses else read, _reader(sizes), tensors, False, last == "AccumulateGrad", refuses)
     return _kinds.setdefault(type(node), found)
 
 
+def _reader(names: Sequence[str]) -> attrgetter[Any] | None:
+    return attrgetter(*names) if names else None
+
+
 def _is_size(name: str) -> bool:
-    """Sizes and strides follow from those of inputs and weights, which are compared by themselves."""
-    return "_sym_" in name or name.endswith(("sizes", "strides"))
+    """Sizes are kept apart from the wiring, in which graphs of other batches are alike."""
+    return "_sym_" in name or name.endswith("sizes")
 
 
 def saved_tensors(node: Any) -> Iterable[tuple[str, Tensor]]:
@@ -118,6 +132,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     """Walk the graph behind `tensors` once."""
     pairs = [(tensor, tensor.grad_fn) for tensor in tensors]
     wiring: list[Any] = [tensor.output_nr for tensor, _ in pairs]
+    sizes: list[Any] = [tensor.shape for tensor, _ in pairs]
     leaves = {id(tensor) for tensor, root in pairs if root is None and tensor.requires_grad}
     stack: list[Any] = list(dict.fromkeys([root for _, root in pairs if root is not None]))
     numbers: dict[Any, int] = {root: i for i, root in enumerate(stack)}
@@ -131,14 +146,13 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
             leaves.add(id(node.variable))
             continue
         for parent, number in node.next_functions:
-            if parent is None:
-                place = None
-            elif parent in numbers:
-                place = numbers[parent]
-            else:
-                place = numbers[parent] = len(numbers)
+            if parent is not None and parent not in numbers:
+                numbers[parent] = len(numbers)
                 stack.append(parent)
+            place = None if parent is None else numbers[parent]
             wiring.append((place, number) if number else place)
+        if kind.sizes is not None:
+            sizes.append(kind.sizes(node))
         if kind.scalars is not None:
             value = kind.scalars(node)
             wiring.append(value if type(value) in _PLAIN_TYPES else _frozen(value))
@@ -148,7 +162,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         elif kind.refuses:
             refuses = True
     named = tuple([name.removesuffix("Backward") for name in functions]) if functions else ()
-    return GraphInfo(named, _REENTRANT in functions, refuses, leaves, numbers, tuple(wiring))
+    return GraphInfo(named, _REENTRANT in functions, refuses, leaves, numbers, tuple(wiring), tuple(sizes))
 
 
 def _frozen(value: Any) -> Any:

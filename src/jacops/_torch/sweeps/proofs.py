@@ -194,7 +194,7 @@ class KeptProofs(Proofs):
 
 
 class _Graph:
-    """Proofs for graphs of one wiring, by the constants in them."""
+    """Proofs for graphs of one wiring and sizes, by the constants in them."""
 
     def __init__(self, places: Places) -> None:
         self.places = places
@@ -237,7 +237,7 @@ class ProofStore:
             effects: What was seen while it was recorded; None where it was not watched.
         """
         reads = not (effects or self.assumed or SideEffects()).packs
-        graph = self._graphs.take(graph_info.wiring, lambda: self._graph(graph_info) if reads else _Graph(()))
+        graph = self._graphs.take(graph_info.key, lambda: self._graph(graph_info) if reads else _Graph(()))
         found = self._of(graph, graph_info)
         found.renew()
         if effects is not None:
@@ -247,7 +247,7 @@ class ProofStore:
 
     def refined(self, graph_info: GraphInfo, other: GraphInfo) -> Proofs:
         """Return what is known of a graph after another one, of fewer samples, showed which tensors are constants."""
-        graph = self._graphs.get(graph_info.wiring)
+        graph = self._graphs.get(graph_info.key)
         if graph is None or self.latest is None or graph_info.wiring != other.wiring or self.latest.effects is None:
             return self.latest or Proofs(self.checks)
         if not self.latest.effects.packs:

@@ -28,7 +28,7 @@ _BLOCKS = 64  # sums of so many blocks: a permutation of a whole tensor shows to
 
 
 class Weights:
-    """The values of a module's parameters and buffers at one time.
+    """The values of a module's parameters and buffers at one time, and what else it consisted of.
 
     Args:
         structure: Of the module, as it is now.
@@ -37,7 +37,7 @@ class Weights:
     @restoring
     def __init__(self, structure: ModelStructure) -> None:
         held = _tensors(structure)
-        self._modes = structure.modes
+        self._modes, self._settings = structure.modes, structure.settings
         self._digests: dict[str, Tensor] = {}
         self._recorded: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}
@@ -66,7 +66,9 @@ class Weights:
         if name is not None:
             kind = "parameter" if name in structure.parameters else "buffer"
             return f"{kind} '{name}'"
-        return None if self._modes == structure.modes else "its mode (train or eval)"
+        if self._modes != structure.modes:
+            return "its mode (train or eval)"
+        return None if self._settings == structure.settings else "a module, a hook or a plain attribute"
 
     def check(self, structure: ModelStructure, call: str) -> None:
         """Refuse a module that differs from what it was.
@@ -99,7 +101,7 @@ class Weights:
 
 def _changed(call: str, what: str) -> ModelStateError:
     return ModelStateError(
-        f"{call}: the model changed since this operator was made: {what} has other values. Make the operator again, or "
+        f"{call}: the model changed since this operator was made: {what} has changed. Make the operator again, or "
         "make it on a copy of the model (`copy.deepcopy`) to keep the old point."
     )
 
