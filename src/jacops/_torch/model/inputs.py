@@ -100,12 +100,7 @@ def private_inputs(
         if fixed or not is_differentiable(item):
             copies.append(item.detach().clone() if item.layout is torch.strided else item)
             continue
-        if connected and item.requires_grad:
-            leaf = item.view_as(item)
-        elif type(item) is Tensor:
-            leaf = Tensor._make_subclass(Tensor, item, True)  # detached, in half of the time
-        else:
-            leaf = item.detach().requires_grad_()
+        leaf = item.view_as(item) if connected and item.requires_grad else item.detach().requires_grad_()
         leaves.append((name, leaf))
         copies.append(leaf.clone())
     held = tree.map_held(lambda part: _copied(part, connected)) if tree.held else tree
