@@ -90,7 +90,7 @@ class Measured:
     Attributes:
         workload: The workload's id.
         rival: Who.
-        seconds: Median over the rounds of a call's time; a round of a quick call repeats it.
+        seconds: Median over the rounds of a call's time; a round of a quick call repeats it after a first call.
         cold: Median over the rounds of the first call's time, when processor caches hold what others used.
         fastest: The quickest round, which a shared machine disturbs least.
         spread: Slowest over fastest round.
@@ -149,13 +149,13 @@ class Contender:
         return None
 
     def run(self) -> None:
-        """Take the times of one call, or of as many as fill a round."""
+        """Take the time of one call, or of as many as fill a round, the first of which is for itself."""
         gc.collect()
         spent = [timed(self.call, self.clock)]
         while sum(spent) < ROUND and len(spent) < MOST_CALLS:
             spent.append(timed(self.call, self.clock))
         self.cold.append(spent[0])
-        self.times.append(statistics.mean(spent))
+        self.times.append(statistics.mean(spent[1:] or spent))
 
     def row(self, workload: str) -> Measured:
         """Return what was measured."""
