@@ -209,11 +209,17 @@ def forward_flops(model: nn.Module, x: Tensor) -> int:
 
 
 def after_step(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call that comes after all weights have moved, as an optimiser moves them, by one rounding."""
+    """Return a call that comes after all weights have moved, as an optimiser moves them, by one rounding.
+
+    Afterwards they are what they were: a unit at a kink may switch, and others are asked about the same model.
+    """
     weights = [parameter.data for parameter in model.parameters()]
+    before = [weight.clone() for weight in weights]
 
     def moved() -> Any:
         torch._foreach_mul_(weights, 1 + 2**-23)
-        return call()
+        found = call()
+        torch._foreach_copy_(weights, before)
+        return found
 
     return moved

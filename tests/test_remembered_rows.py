@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
 
@@ -12,6 +13,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn.functional import cross_entropy, mse_loss
 
 import jacops
+from jacops._torch.routes import by_sample
 from jacops.errors import NonFiniteError
 
 AGAIN = 18  # calls: more than between two in which a sample is recorded alone all the same
@@ -200,3 +202,63 @@ def test_gradients_and_jacobians_of_one_graph_do_not_share_what_is_remembered():
     for _ in range(3):
         torch.testing.assert_close(jacops.sample_jacobians(model, x).dense(), expected(model, x, None))
         torch.testing.assert_close(jacops.sample_gradients(model, cross_entropy, x, y).dense(), expected(model, x, y))
+
+
+def test_batches_of_other_structure_are_taken_whole_in_remembered_calls(monkeypatch):
+    """The first batch's graph is dropped before the second one turns out to enter in another way."""
+    monkeypatch.setattr(by_sample, "_MOST", 4)
+
+    class Switching(Net):
+        turns, seen = False, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Switching.seen += 1
+            self.turned = self.turns and float(x[0, 0]) > 0
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Switching().double(), torch.randn(8, 4, dtype=torch.float64)
+    x[:4, 0], x[4:, 0] = -1.0, 1.0
+    for turns in (False, False, True, True, False, False):
+        model.turns = turns
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = jacops.sample_jacobians(model, x).dense()
+        rows = []
+        for one in x:
+            params = {name: p.detach() for name, p in model.named_parameters()}
+            model.turned = turns and float(one[0]) > 0
+            blocks = jacrev(lambda p, one=one: functional_call(Plain(model), p, (one[None],))[0])(
+                {f"of.{name}": p for name, p in params.items()}
+            )
+            rows.append(torch.cat([block.reshape(3, -1) for block in blocks.values()], 1))
+        torch.testing.assert_close(found, torch.cat(rows))
+
+
+class Plain(nn.Module):
+    """A network by the forward of its base."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Net.forward(self.of, x)
+
+
+def test_no_graph_of_a_first_batch_is_held_while_others_are_recorded(monkeypatch):
+    monkeypatch.setattr(by_sample, "_MOST", 4)
+    x, held = torch.randn(12, 4), []
+
+    class Watched(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            held.append(sum(isinstance(o, Tensor) and o.grad_fn is not None for o in gc.get_objects()))
+            return super().forward(x)
+
+    model = Watched()
+    for _ in range(3):
+        jacops.sample_jacobians(model, x)
+    held.clear()
+    jacops.sample_jacobians(model, x)
+    assert len(held) == 3
+    assert len(set(held)) == 1, held

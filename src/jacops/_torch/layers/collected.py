@@ -29,12 +29,13 @@ class Collected:
     Attributes:
         missing: Leaves whose rows are not by uses.
         whole: As given.
+        form: What must be alike between batches.
     """
 
     def __init__(self, samples: int, entries: int, layers: LayerRows, whole: bool = False) -> None:
         self.samples, self.entries, self.missing, self.whole = samples, entries, tuple(layers.missing), whole
         self.leaves = layers.lin.leaves
-        self._form = form_of(layers)
+        self.form = form_of(layers)
         self._rows: dict[int, Tensor] = {leaf: self._empty(leaf) for leaf in self.missing}
         self._factors: dict[int, Outer | Lookup] = {}  # by use
         self._places: dict[int, list[int]] = {}  # of leaves that are kept by factors: their uses
@@ -54,7 +55,7 @@ class Collected:
         Raises:
             StructureChangedError: These samples enter in another way than the first ones.
         """
-        if tuple(layers.missing) != self.missing or (not self.whole and form_of(layers) != self._form):
+        if tuple(layers.missing) != self.missing or (not self.whole and form_of(layers) != self.form):
             raise StructureChangedError("samples enter in different ways")
         return layers.operands
 

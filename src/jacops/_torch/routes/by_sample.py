@@ -39,6 +39,19 @@ _STEP, _ALONE = "samples to a batch", "a sample alone"  # what is remembered: of
 _ROUNDING_SHARE = 1e-4  # of a usual sample's gradient: a perfectly fitted sample has one of rounding alone
 
 
+@dataclass(frozen=True)
+class Covered:
+    """What is left of a `LayerRows` whose graph was dropped.
+
+    Attributes:
+        sites: Some parameter enters by an operation with a rule.
+        missing: Leaves that are not covered.
+    """
+
+    sites: bool
+    missing: Sequence[int]
+
+
 class SampleFactors:
     """All rows, collected.
 
@@ -59,6 +72,7 @@ class SampleFactors:
         self.what = what
         self.count = what.values[0].shape[0]
         self.step, self.first = 0, list[tuple[RecordedSamples, LayerRows]]()
+        self.layers: LayerRows | Covered
         self.lin, self.output, self.layers = self._remembered() or self._prepared()
         self.route, self.computed = "", Handed(self.count)
         self.collected = self._collected()
@@ -103,6 +117,8 @@ class SampleFactors:
 
     def all(self, whole: bool = False) -> Collected:
         """Return the rows of all samples, batch by batch."""
+        if isinstance(self.layers, Covered):  # another form was begun
+            self.lin, self.output, self.layers = self._prepared()
         return self._filled(Collected(self.count, self.output.numel(), self.layers, whole))
 
     def _filled(self, collected: Any) -> Any:
@@ -135,7 +151,7 @@ class SampleFactors:
 
     def _batches(self) -> Iterator[slice]:
         """Yield even batches whose recorded values stay within a working size."""
-        if not self.step:
+        if not self.step and isinstance(self.layers, LayerRows):
             outputs = sum(use.shape.numel() for use in self.layers.sites) * self.output.element_size()
             each = self.lin.held_bytes + 2 * outputs
             most = max(1, min(_MOST, _WORKING // max(1, each)))
@@ -234,7 +250,10 @@ class SampleFactors:
         if not (self.connected or ask.collected.whole):
             self.what.store.known[_STEP] = self.step
             like = self.output.detach()
-            lin.proofs.known.take((_ALONE, self.what.call), lambda: (like.new_empty(like.shape), form_of(self.layers)))
+            form = ask.collected.form
+            lin.proofs.known.take((_ALONE, self.what.call), lambda: (like.new_empty(like.shape), form))
+        if lin is self.lin and where.stop < self.count:  # its graph would be held while others are recorded
+            self.lin, self.layers = lin.to((), ()), Covered(bool(layers.sites), layers.missing)
 
     def _fill_batch(self, collected: Any, batch: RecordedSamples, layers: LayerRows) -> None:
         """Fill in a batch by one sweep for each row of a sample."""
