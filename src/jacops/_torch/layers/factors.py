@@ -183,11 +183,17 @@ def add_rows(
         target.zero_()
 
 
-def unit_seeds(output: Tensor) -> Iterator[Tensor]:
-    """Yield cotangents that pick one entry of every sample's output; each is good until the next."""
-    many, entries = output.shape[0], output.shape[1:].numel()
-    seed = torch.zeros(many, entries, dtype=output.dtype, device=output.device)
+def unit_seeds(output: Tensor, many: int | None = None) -> Iterator[Tensor]:
+    """Yield cotangents that pick one entry of every sample's output; each is good until the next.
+
+    Args:
+        output: The output of some samples.
+        many: How many; the length of its first axis by default.
+    """
+    entries = output.shape[1:].numel() if many is None else output.numel() // many
+    seed = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
+    flat = seed.view(output.shape[0] if many is None else many, entries)
     for entry in range(entries):
-        seed[:, entry] = 1
-        yield seed.view(output.shape)
-        seed[:, entry] = 0  # only now: the cotangent at the last use may be this very tensor
+        flat[:, entry] = 1
+        yield seed
+        flat[:, entry] = 0  # only now: what is found may be this very tensor

@@ -17,6 +17,7 @@ from ..._runtime.contexts import sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import dense, plain
+from ..layers.factors import unit_seeds
 from ..sweeps.ask import SweepAsk
 from ..sweeps.graph import passed_bytes
 from ..sweeps.linearization import Linearization
@@ -134,20 +135,10 @@ def _rows(lin: Linearization, blocks: Blocks, where: slice, together: int) -> It
         return
     for out, output in enumerate(lin.outputs):
         pull = _pull_of(lin, out)
-        for entry, seed in enumerate(_seeds(output, many)):
+        for entry, seed in enumerate(unit_seeds(output, many)):
             for target, grad in zip(targets[out], pull(seed), strict=True):
                 target[:, entry] = 0 if grad is None else plain(grad)
             yield
-
-
-def _seeds(output: Tensor, many: int) -> Iterator[Tensor]:
-    """Yield cotangents that pick one entry of every sample's output; each is good until the next."""
-    seed = torch.zeros(output.shape, dtype=output.dtype, device=output.device)
-    flat = seed.view(many, output.numel() // many)
-    for entry in range(flat.shape[1]):
-        flat[:, entry] = 1
-        yield seed
-        flat[:, entry] = 0  # only now: the gradient may be the cotangent itself
 
 
 def _batched(lin: Linearization, targets: Blocks, together: int) -> Iterator[None]:
@@ -197,7 +188,7 @@ def pulled_slopes(lin: Linearization, many: int) -> Blocks:
     """Return `(n, out entries, *in)` for every output and leaf, with their graph, by one pull per output entry."""
     lines: list[list[list[Tensor]]] = [[[] for _ in lin.leaves] for _ in lin.outputs]
     for out, output in enumerate(lin.outputs):
-        for seed in _seeds(output, many):
+        for seed in unit_seeds(output, many):
             # The graph keeps it. If it requires grad, once_differentiable backwards leave a mark instead of dropping
             # their part.
             own = seed.clone().requires_grad_(bool(lin.graph_info.functions))
