@@ -44,12 +44,10 @@ from ._torch.protocol import (
     RowSlopes,
     SampleFactors,
     Shared,
-    bare,
     check_fallback,
     check_state,
     matrix_shape,
     one_row,
-    parameter_names,
     row_cotangents,
     structure_of,
 )
@@ -149,7 +147,7 @@ def gradients_at(
     if is_framework_model(model):
         sweeps = SweepOptions("sample_gradients", shared=given.shared, **options)
         return framework_sample_gradients(model, loss, given.x, given.y, sweeps)
-    refuse_mixing_modules(structure_of(model), random=seed is None)
+    refuse_mixing_modules(structure := structure_of(model), random=seed is None)
     values, tree, inputs = given.apart
     how: Any = {"connected": create_graph, "pulled": True}  # of a connected recording more than pulls is taken
 
@@ -172,10 +170,10 @@ def gradients_at(
 
         return row_cotangents(batch.lin, loss, values[inputs:], build, create_graph)
 
-    forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, inputs, alone, together, cotangents, "sample_gradients", *_ways(options), model, forced)
+    ways = _ways(structure, options, seed)
+    what = Definition(values, inputs, alone, together, cotangents, "sample_gradients", *ways)
     what = what if kept is None else replace(what, sample=kept.sample)
-    return _factors(model, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
+    return _factors(structure, what, options, lambda output, n: Space.flat(n, "rows", output), create_graph)
 
 
 @keywords(RowOptions)
@@ -248,7 +246,7 @@ def jacobians_at(
         picks: Any = {"outputs": outputs, "target": given.target, "shared": given.shared}
         picks |= {name: value for name, value in options.items() if name != "aside"}
         return framework_sample_jacobians(model, given.x, SweepOptions("sample_jacobians", **picks))
-    refuse_mixing_modules(structure_of(model), random=seed is None)
+    refuse_mixing_modules(structure := structure_of(model), random=seed is None)
     (values, tree, inputs), picks = given.apart, given.picks
     hint_at_labels("sample_jacobians", outputs, values, "pass `target=labels`")
     values = values if picks is None else [*values, picks.places]
@@ -266,18 +264,21 @@ def jacobians_at(
     def together(some: Sequence[Tensor]) -> Recording:
         return alone(some) if record is None or len(some[0]) < len(values[0]) else _one_output(record())
 
-    forced = None if seed is None else "with the same random numbers for each"
-    what = Definition(values, inputs, alone, together, None, "sample_jacobians", *_ways(options), model, forced)
+    ways = _ways(structure, options, seed)
+    what = Definition(values, inputs, alone, together, None, "sample_jacobians", *ways)
 
     def rows(output: Tensor, n: int) -> Space:
         one = output.shape[1:] if output.ndim and output.shape[0] == 1 else output.shape
         return Space(("output",), (torch.Size((n, *one)),), (output.dtype,), output.device)
 
-    return _factors(model, what, options, rows, create_graph)
+    return _factors(structure, what, options, rows, create_graph)
 
 
-def _ways(options: RecordOptions) -> tuple[str, str]:
-    return check_fallback(options.get("fallback", "warn")), options.get("checks", "first")
+def _ways(
+    structure: ModelStructure, options: RecordOptions, seed: int | None
+) -> tuple[str, str, nn.Module, str | None]:
+    forced = None if seed is None else "with the same random numbers for each"
+    return check_fallback(options.get("fallback", "warn")), options.get("checks", "first"), structure.model, forced
 
 
 def _one_output(found: Recording) -> Recording:
@@ -289,17 +290,17 @@ def _one_output(found: Recording) -> Recording:
 
 
 def _factors(
-    model: Model,
+    structure: ModelStructure,
     what: Definition,
     options: RecordOptions,
     rows: Callable[[Tensor, int], Space],
     create_graph: bool,
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
-    check_state(structure_of(model))
+    check_state(structure)
     n = what.values[0].shape[0]
     if n == 0:
-        return _no_rows(model, what, options)
+        return _no_rows(structure, what, options)
     found = ConnectedFactors(what) if create_graph else SampleFactors(what)
     domain = found.lin.domain
     missing = [domain.names[leaf] for leaf in found.collected.missing]
@@ -308,9 +309,9 @@ def _factors(
     return with_computed(made, Computed(found.computed.output, found.computed.losses))
 
 
-def _no_rows(model: Model, what: Definition, options: RecordOptions) -> LayerFactors:
+def _no_rows(structure: ModelStructure, what: Definition, options: RecordOptions) -> LayerFactors:
     picks = options.get("parameters") or trainable
-    named = {n: p for n, p in parameter_names(bare(model)).items() if picks(n, p)}
+    named = {n: p for n, p in structure.differentiable.items() if picks(n, p)}
     domain = Space.of(named.values(), named)
     parts = [Rows(p.detach().new_zeros(0, 1, *matrix_shape(p.shape))) for p in named.values()]
     none = torch.zeros(0, dtype=domain.dtype, device=domain.device)

@@ -71,7 +71,8 @@ class SampleFactors:
     def __init__(self, what: Definition) -> None:
         self.what = what
         self.count = what.values[0].shape[0]
-        self.step, self.first = 0, list[tuple[RecordedSamples, LayerRows]]()
+        self.step = 0
+        self.first: tuple[RecordedSamples, LayerRows] | None = None
         self.layers: LayerRows | Covered
         self.lin, self.output, self.layers = self._remembered() or self._prepared()
         self.route, self.computed = "", Handed(self.count)
@@ -108,7 +109,7 @@ class SampleFactors:
         if not succeeds(lambda: found.append(recorded(self.what, slice(0, min(step, self.count))))):
             return None  # it fails again where samples are taken as if nothing were known
         batch, layers, proofs = found[0], LayerRows(found[0].lin, found[0].many), found[0].lin.proofs
-        self.first.append((batch, layers))
+        self.first = batch, layers
         output, form = proofs.known.get((_ALONE, self.what.call), (None, None))
         if form != form_of(layers) or is_new(batch.lin, self.what.call) or proofs.spot_due(_ALONE):
             return None
@@ -229,7 +230,7 @@ class SampleFactors:
         Raises:
             RouteFailedError: Samples mix, or the batch cannot be swept at once.
         """
-        known = self.first.pop() if self.first else None
+        known, self.first = self.first, None
         if known is not None and known[0].where == ask.where:
             batch, layers = known
         else:

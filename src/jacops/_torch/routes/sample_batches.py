@@ -14,7 +14,6 @@ from ..._finite import is_finite
 from ..._ladder.failures import RouteFailedError, RouteNotFiniteError, RouteUndecidedError, attempt
 from ..._ladder.names import Fact
 from ..._runtime.side_effects import SideEffects
-from ..model.structure import bare
 from ..sweeps.linearization import Linearization
 from ..sweeps.mixing import NOT_FINITE, with_reads
 from ..sweeps.proofs import ProofStore, store_for
@@ -36,7 +35,7 @@ class Definition:
         call: The public call on whose behalf this is done.
         fallback: What happens when samples mix.
         forced: Samples are taken alone for this reason.
-        model: The model behind it.
+        model: The module behind it, without what wraps it.
         checks: How often routes are checked.
         sample: Gives the recording of a sample that was kept, or keeps the one that it is passed a function for.
     """
@@ -57,7 +56,7 @@ class Definition:
     def store(self) -> ProofStore:
         """What is known of the model for samples of these shapes."""
         kinds = tuple((value.shape, value.dtype, value.device) for value in self.values)
-        return store_for(bare(self.model), ("rows", self.call, kinds), self.checks)
+        return store_for(self.model, ("rows", self.call, kinds), self.checks)
 
 
 @dataclass(frozen=True)
