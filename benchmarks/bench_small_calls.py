@@ -23,6 +23,7 @@ import jacops
 
 from .bench_input_jacobians import by_functional
 from .by_hand import HAND as BY_HAND
+from .by_hand import input_rows
 from .harness import BEST, Goal, Workload, same
 from .models import mlp
 
@@ -42,13 +43,6 @@ def small_cnn() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def bare_loop(model: nn.Module, x: Tensor) -> Tensor:
-    """Return the Jacobians of samples that do not mix: one forward and a sweep for each output."""
-    leaf = x.detach().requires_grad_()
-    columns = model(leaf).sum(0)
-    return torch.stack([grad(column, leaf, retain_graph=True)[0] for column in columns.unbind()], 1)
-
-
 def inputs(name: str, what: str, model: nn.Module, x: Tensor) -> Workload:
     """Return the Jacobians by inputs of one model, remembered."""
     for parameter in model.parameters():
@@ -57,7 +51,7 @@ def inputs(name: str, what: str, model: nn.Module, x: Tensor) -> Workload:
         "jacops.compute_jacobian": lambda: jacops.compute_jacobian(model, x),
         FIRST: lambda: jacops.compute_jacobian(model, x, checks="always"),
         FUNCTIONAL: lambda: by_functional(model, x),
-        LOOP: lambda: bare_loop(model, x),
+        LOOP: input_rows(model, x, len(x)),
     }
     return Workload(name, what, rivals, same(), rounds=25, goals=[Goal(BEST, faster=1 / 1.2)])
 

@@ -106,7 +106,7 @@ class Objective:
         self._x: Any = _NO_BATCH  # the input of the batch that it is for
         self._found: list[Any] = []  # its recorded output, once it was requested; shared with weighted ones
         self._at = LossAt()
-        self._once = False  # recorded for one call, in which nobody may write into the weights
+        self._once = False  # recorded for one call, during which the weights stay as they are
         self._consists: ModelStructure | None = None  # for one call, of what the model consists
         self._shares: tuple[Any, Tensor] | None = None  # for one call, targets and their denominators
 
@@ -169,7 +169,7 @@ class Objective:
         """Return what each row adds to the denominator of a mean, `(rows,)`: 1, or its targets' number or weights."""
         if not self._once:
             return self.losses.denominators(y, rows)
-        if self._shares is None or self._shares[0] is not y:  # within a call, nobody writes into the targets
+        if self._shares is None or self._shares[0] is not y:  # within a call, the targets stay as they are
             self._shares = y, self.losses.denominators(y, rows)
         return self._shares[1]
 
