@@ -77,7 +77,7 @@ class Space(Savable):
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """Return one tensor per array from a flat vector `(dim,)`, each in its own dtype."""
         parts = flat.split_with_sizes(self.sizes) if len(self.sizes) > 1 else (flat,)
-        if self._is_uniform:
+        if self.is_uniform:
             return [part.reshape(shape) for part, shape in zip(parts, self._layouts, strict=True)]
         kinds = zip(parts, self._layouts, self.dtypes, strict=True)
         return [part.reshape(shape).to(dtype) for part, shape, dtype in kinds]
@@ -88,7 +88,8 @@ class Space(Savable):
         return tuple([tuple(shape) for shape in self.shapes])
 
     @cached_property
-    def _is_uniform(self) -> bool:
+    def is_uniform(self) -> bool:
+        """Whether all arrays have one dtype."""
         return len(set(self.dtypes)) <= 1
 
     def join(self, arrays: Sequence[Tensor]) -> Tensor:
@@ -101,7 +102,7 @@ class Space(Savable):
     def join_row(self, arrays: Sequence[Tensor]) -> Tensor:
         """Return one row `(1, dim)` from one tensor per array."""
         flat = [array.reshape(-1) for array in arrays]
-        if not self._is_uniform:
+        if not self.is_uniform:
             flat = [array.to(self.dtype) for array in flat]
         return (flat[0] if len(flat) == 1 else torch.cat(flat)).unsqueeze(0)
 

@@ -13,6 +13,7 @@ class Question(StrEnum):
     SAMPLES = "samples"
     SAMPLES_PLAINLY = "samples without factors"
     LOSSES = "losses"
+    HESSIAN = "product"
 
 
 class RouteName(StrEnum):

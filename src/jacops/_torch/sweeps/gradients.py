@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,32 +17,31 @@ from torch import Tensor
 from ..._finite import check_finite, is_finite
 from ..._ladder.names import Fact
 from ..._runtime.agreement import difference_tolerance, inner, size
-from ..._runtime.contexts import out_of_inference, private_noise
+from ..._runtime.contexts import private_noise
 from ..._runtime.rounding import rounding_error
-from ..._space import Space
 from ...errors import NotDifferentiableError
+from .gradient import Gradient
 from .graph import refuse_cut
 from .linearization import Linearization
 from .record import Recording
 
 
-def gradient_linearization(found: Recording, call: str) -> Linearization:
+def gradient_linearization(found: Recording, call: str, once: bool = False) -> Gradient:
     """Return the linearization of a loss's gradient, ready to be differentiated again.
+
+    Args:
+        found: The loss.
+        call: The public call on whose behalf this is done.
+        once: It is used before anybody can write into the weights, so that its graph is recorded only if it is needed.
 
     Raises:
         NotDifferentiableError: A `once_differentiable` Function cut the graph, or the Hessian is not symmetric.
     """
-    lin = found.lin
-    grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
-    full = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
-    gradient = lin.to(full, partial(_names_of_slopes, lin.domain), call)
-    gradient.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
-    _check_twice(lin, gradient, call)
+    gradient = Gradient(found.lin, call)
+    if not once:
+        _ = gradient.outputs
+    _check_twice(found.lin, gradient, call)
     return gradient
-
-
-def _names_of_slopes(space: Space) -> list[str]:
-    return [f"d loss / d {name}" for name in space.names]
 
 
 def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class GraphInfo(NamedTuple):
         functions: Names of custom autograd Functions.
         reentrant: A reentrant checkpoint is among them, which answers `backward()` only.
         refuses_twice: A `once_differentiable` backward cuts the graph at a node.
-        leaves: Identities of the leaf tensors the graph ends in.
+        leaves: The leaf tensors the graph ends in, by identity, with the places of their nodes; -1 for one walked from.
         nodes: All nodes with their places in the walk, which are the same for every graph of this wiring.
         wiring: Types of nodes, their connections, and the numbers, flags and words that they hold.
         sizes: Shapes of the tensors walked from, and those that nodes hold.
@@ -37,7 +37,7 @@ class GraphInfo(NamedTuple):
     functions: tuple[str, ...]
     reentrant: bool
     refuses_twice: bool
-    leaves: Set[int]
+    leaves: Mapping[int, int]
     nodes: Mapping[Any, int]
     wiring: tuple[Any, ...]
     sizes: tuple[Any, ...]
@@ -133,7 +133,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
     pairs = [(tensor, tensor.grad_fn) for tensor in tensors]
     wiring: list[Any] = [tensor.output_nr for tensor, _ in pairs]
     sizes: list[Any] = [tensor.shape for tensor, _ in pairs]
-    leaves = {id(tensor) for tensor, root in pairs if root is None and tensor.requires_grad}
+    leaves = {id(tensor): -1 for tensor, root in pairs if root is None and tensor.requires_grad}
     stack: list[Any] = list(dict.fromkeys([root for _, root in pairs if root is not None]))
     numbers: dict[Any, int] = {root: i for i, root in enumerate(stack)}
     functions, refuses = {}, False
@@ -143,7 +143,7 @@ def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
         wiring.append(type_)
         kind = _kinds[type_] if type_ in _kinds else _kind(node)
         if kind.leaf:
-            leaves.add(id(node.variable))
+            leaves[id(node.variable)] = numbers[node]
             continue
         for parent, number in node.next_functions:
             if parent is not None and parent not in numbers:

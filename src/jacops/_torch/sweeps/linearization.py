@@ -24,7 +24,7 @@ from ..._runtime.chunks import MOST_COLUMNS, to_a_pass
 from ..._runtime.contexts import autocast_on, is_sweeping, must_surface, sweeping
 from ..._runtime.engine import swept
 from ..._runtime.restoring import restoring
-from ..._runtime.rows import Rows, basis, contracted, cut_length, plain, stacked, zero_rows
+from ..._runtime.rows import Rows, basis, cut_length, plain, stacked, zero_rows
 from ..._runtime.side_effects import SideEffects
 from ..._space import Space
 from ...errors import JacopsError
@@ -48,7 +48,7 @@ class Linearization:
 
     Args:
         leaves: What is differentiated by, one tensor each.
-        outputs: What is differentiated.
+        outputs: What is differentiated, or a function that records it when it is first read.
         leaf_names: How messages call the leaves: a name for each, or one that they are numbered under.
         output_names: The same of the outputs, or a function that returns names once they are needed.
         call: The public call on whose behalf this is done.
@@ -60,12 +60,15 @@ class Linearization:
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         protected: Tensors whose `.grad` a backward pass must leave as it is.
         plain: The graph is known to hold no custom Functions, without a walk over it.
+        pulls: Routes for many cotangents.
     """
+
+    pulls: Sequence[Any] = PULLS
 
     def __init__(
         self,
         leaves: Sequence[Tensor],
-        outputs: Sequence[Tensor],
+        outputs: Sequence[Tensor] | Callable[[], Sequence[Tensor]],
         *,
         leaf_names: Names,
         output_names: Names,
@@ -74,13 +77,13 @@ class Linearization:
         fallback: str = "warn",
         domain: Space | None = None,
     ) -> None:
-        self.leaves, self.outputs = list(leaves), list(outputs)
-        device = self.outputs[0].device if self.outputs else None
+        self.leaves, self._outputs = list(leaves), outputs if callable(outputs) else list(outputs)
+        device = None if self.leaves or not self.outputs else self.outputs[0].device
         self.domain = domain or Space.of(self.leaves, _names(leaf_names, self.leaves), device)
         self.call, self.private, self.fallback = call, private, fallback
         self._output_names, self._codomain = output_names, None
         self._whole: int | None = None
-        self._coarse = [torch.bfloat16] if autocast_on(self.outputs) else []
+        self._coarse = [torch.bfloat16] if autocast_on(self.leaves or self.outputs) else []
         self.aliased_leaves: tuple[tuple[int, Tensor], ...] = ()
         self.routes: dict[str, str] = {}
         self.store: ProofStore | None = None
@@ -90,6 +93,13 @@ class Linearization:
         self._double_backward: DoubleBackward | None = None
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What is differentiated."""
+        if callable(self._outputs):
+            self._outputs = list(self._outputs())
+        return self._outputs
 
     @property
     def codomain(self) -> Space:
@@ -151,12 +161,15 @@ class Linearization:
             aliased = tuple((some.index(i), tensor) for i, tensor in aliased if i in some)
         options = {"call": call or self.call, "private": self.private, "fallback": self.fallback, "domain": domain}
         other = Linearization(kept, outputs, leaf_names=leaf_names, output_names=names, **options)
-        other.proofs, other.protected, other.weights = self.proofs, self.protected, self.weights
-        other.aliased_leaves = aliased
-        other._coarse += [*self._coarse, *self.domain.dtypes, *[o.dtype for o in self.outputs]]
+        other.depend_on(self, aliased)
         if len(outputs) == len(self.outputs) and all(a is b for a, b in zip(outputs, self.outputs, strict=True)):
             other._graph_info = self._graph_info
         return other
+
+    def depend_on(self, lin: Linearization, aliased: tuple[tuple[int, Tensor], ...]) -> None:
+        """Take over what is known of another one, from the same point."""
+        self.proofs, self.protected, self.weights, self.aliased_leaves = lin.proofs, lin.protected, lin.weights, aliased
+        self._coarse += [*lin._coarse, *lin.domain.dtypes, *[o.dtype for o in lin.outputs]]
 
     @property
     def held_bytes(self) -> int:
@@ -264,7 +277,7 @@ class Linearization:
                 where = slice(start, start + chunk)
                 self.pull_rows([None if c is None else c[where] for c in cotangents], out=[o[where] for o in out])
             return out
-        return answer(SweepAsk(Question.PULL, self, cotangents, many, create_graph, out), PULLS)
+        return answer(SweepAsk(Question.PULL, self, cotangents, many, create_graph, out), self.pulls)
 
     def stacked(self, grads: list[Tensor | None], leaf: int) -> Tensor:
         """Return gradients by one leaf as rows, zeros where no path leads to it."""
@@ -345,18 +358,6 @@ class Linearization:
             self._nodewise = Nodewise(self)
         self._double_backward = None
         return self._nodewise
-
-    def contracted_rows(self, tangents: Sequence[Tensor], many: int, create_graph: bool) -> Rows:
-        """Return `(k, *output)` per output: all rows, times the tangents."""
-        pushed: list[list[Tensor]] = [[] for _ in self.outputs]
-        for index, _, rows, turned in self.rows(create_graph):
-            part = contracted(rows, tangents, many)
-            whole = part if turned is None else torch.complex(part, contracted(turned, tangents, many))
-            pushed[index].append(whole.to(self.outputs[index].dtype))
-        return [
-            torch.cat(parts, 1).reshape(many, *o.shape) if parts else zero_rows(many, o)
-            for parts, o in zip(pushed, self.outputs, strict=True)
-        ]
 
     # ---- whole matrices --------------------------------------------------------------------------------------
 

@@ -106,13 +106,13 @@ def _transposed(node: Any, tangents: Tangents) -> list[Tensor | None]:
     (tangent,) = tangents
     if tangent is None:
         return [None]
-    one, other = (_axis(d, tangent.ndim) for d in (node._saved_dim0, node._saved_dim1))
+    one, other = (axis_of(d, tangent.ndim) for d in (node._saved_dim0, node._saved_dim1))
     return [tangent.transpose(one, other)]
 
 
 def _permuted(node: Any, tangents: Tangents) -> list[Tensor | None]:
     (tangent,) = tangents
-    return [None if tangent is None else tangent.permute([_axis(d, tangent.ndim) for d in node._saved_dims])]
+    return [None if tangent is None else tangent.permute([axis_of(d, tangent.ndim) for d in node._saved_dims])]
 
 
 def selected(node: Any, tangents: Tangents) -> list[Tensor | None]:
@@ -120,15 +120,15 @@ def selected(node: Any, tangents: Tangents) -> list[Tensor | None]:
     (tangent,) = tangents
     if tangent is None:
         return [None]
-    axis = _axis(node._saved_dim, tangent.ndim)
-    return [tangent.select(axis, _axis(node._saved_index, tangent.shape[axis]))]
+    axis = axis_of(node._saved_dim, tangent.ndim)
+    return [tangent.select(axis, axis_of(node._saved_index, tangent.shape[axis]))]
 
 
 def _accumulated(node: Any, tangents: Tangents) -> list[Tensor | None]:
     (tangent,) = tangents
     if tangent is None:
         return [None]
-    return [tangent.cumsum(_axis(node._saved_dim, max(1, tangent.ndim)), dtype=node._input_metadata[0].dtype)]
+    return [tangent.cumsum(axis_of(node._saved_dim, max(1, tangent.ndim)), dtype=node._input_metadata[0].dtype)]
 
 
 def _summed(node: Any, tangents: Tangents) -> list[Tensor | None]:
@@ -140,11 +140,19 @@ def _summed_along(node: Any, tangents: Tangents) -> list[Tensor | None]:
     (tangent,) = tangents
     if tangent is None:
         return [None]
-    axes = node._saved_dim and [_axis(d, max(1, tangent.ndim)) for d in node._saved_dim]
+    axes = node._saved_dim and [axis_of(d, max(1, tangent.ndim)) for d in node._saved_dim]
     return [tangent.sum(axes, node._saved_keepdim, dtype=node._input_metadata[0].dtype)]
 
 
-def _axis(saved: int, many: int) -> int:
+def _log_softmax(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    (tangent,) = tangents
+    if tangent is None:
+        return [None]
+    shares = node._saved_result.exp()
+    return [tangent - (shares * tangent).sum(axis_of(node._saved_dim, tangent.ndim), keepdim=True)]
+
+
+def axis_of(saved: int, many: int) -> int:
     """Negative axes and indices are saved as what they are in an unsigned number."""
     return saved if saved < many else saved - 2**64
 
@@ -170,6 +178,18 @@ def _multiplied(node: Any, tangents: Tangents) -> list[Tensor | None]:
     ]
 
 
+def _divided(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    left, right = tangents
+    below = node._saved_other
+    return [
+        _whole(
+            node,
+            None if left is None else left / below,
+            None if right is None else right * (node._saved_self / below).neg_() / below,
+        )
+    ]
+
+
 def _mm(node: Any, tangents: Tangents) -> list[Tensor | None]:
     left, right = tangents
     moved = None if left is None else left.mm(node._saved_mat2)
@@ -180,9 +200,11 @@ def _addmm(node: Any, tangents: Tangents) -> list[Tensor | None]:
     offset, left, right = tangents
     moved = None if left is None else left.mm(node._saved_mat2)
     moved = moved if right is None else _plus_product(moved, node._saved_mat1, right)
-    if moved is not None and node._saved_alpha != 1:
+    if moved is None:
+        return [_whole(node, None, offset, right_factor=node._saved_beta)]
+    if node._saved_alpha != 1:
         moved = moved * node._saved_alpha
-    return [_whole(node, moved, offset, right_factor=node._saved_beta)]
+    return [moved if offset is None else torch.add(moved, offset, alpha=node._saved_beta)]  # a product is never spread
 
 
 def _bmm(node: Any, tangents: Tangents) -> list[Tensor | None]:
@@ -241,11 +263,13 @@ _WRITTEN_OUT: dict[str, Rule] = {
     "PermuteBackward0": _permuted,
     "SelectBackward0": selected,
     "CumsumBackward0": _accumulated,
+    "LogSoftmaxBackward0": _log_softmax,
     "SumBackward0": _summed,
     "SumBackward1": _summed_along,
     "AddBackward0": _added,
     "SubBackward0": _subtracted,
     "MulBackward0": _multiplied,
+    "DivBackward0": _divided,
     "MmBackward0": _mm,
     "AddmmBackward0": _addmm,
     "BmmBackward0": _bmm,

@@ -40,6 +40,11 @@ _LARGE = 2**15  # numbers from which on several pushes in one pass gain nothing
 Place = tuple[Any, int]
 
 
+def quiet_loops() -> Setting:
+    """Keep torch from warning of operations that vmap runs one by one."""
+    return Setting(lambda: True, _warn_of_loops, False)
+
+
 def pushes_are_large(lin: Linearization) -> bool:
     """Return whether a processor is as fast tangent by tangent; a device is always faster with all in one pass."""
     return lin.domain.device.type == "cpu" and lin.domain.dim + lin.codomain.dim > _LARGE
@@ -112,8 +117,7 @@ class Nodewise:
             rest = iter(moving)
             return tuple(self._pushed(lin.outputs, [None if t is None else next(rest) for t in tangent], looks))
 
-        quiet = Setting(lambda: True, _warn_of_loops, False) if together else nullcontext()
-        with sweeping(lin.outputs[0]), torch.no_grad(), quiet:
+        with sweeping(lin.outputs[0]), torch.no_grad(), quiet_loops() if together else nullcontext():
             row = list((torch.func.vmap(pushed) if together else pushed)(*given))
         if not all(is_finite(part) for part in row):
             raise RouteNotFiniteError("values are not finite")

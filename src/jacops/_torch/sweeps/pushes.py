@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..._ladder.plan import Cost
-from ..._runtime.rows import Rows
+from ..._runtime.rows import Rows, contracted, zero_rows
 from .ask import SweepAsk
 from .double_backward import BatchedDoubleBackward, OneByOneDoubleBackward
 from .nodewise import BatchedNodewise, NodewisePush
@@ -29,7 +32,16 @@ class PushByRows:
 
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *output)` per output."""
-        return ask.lin.contracted_rows(ask.rows, ask.many, ask.create_graph)
+        lin = ask.lin
+        pushed: list[list[Tensor]] = [[] for _ in lin.outputs]
+        for index, _, rows, turned in lin.rows(ask.create_graph):
+            part = contracted(rows, ask.rows, ask.many)
+            whole = part if turned is None else torch.complex(part, contracted(turned, ask.rows, ask.many))
+            pushed[index].append(whole.to(lin.outputs[index].dtype))
+        return [
+            torch.cat(parts, 1).reshape(ask.many, *o.shape) if parts else zero_rows(ask.many, o)
+            for parts, o in zip(pushed, lin.outputs, strict=True)
+        ]
 
 
 BY_DOUBLE_BACKWARD = (BatchedDoubleBackward(), OneByOneDoubleBackward())
