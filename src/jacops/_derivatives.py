@@ -261,7 +261,7 @@ def hessian_at(
         gradient: Returns the gradient `(P,)` at parameters that are changed by so much, by name.
         once: It is for one product only; ways to its matrix and diagonal are not prepared.
     """
-    lin = gradient_linearization(found, call, once)
+    lin = gradient_linearization(found, call)
     operator = LinearizedMap(lin, found.output, True)
     if not once:
         rows, many = operator._apply, _leading(x, y)
@@ -370,7 +370,7 @@ def ggn_at(
         return with_computed(named(product, "ggn by inputs") if by_inputs else product, known)
     y = recordable(y, kept)
     outer = record_at_outputs(found, loss_of_output(loss, y), loss, call, create_graph)
-    slope = gradient_linearization(outer, call, once=not kept and not create_graph)
+    slope = gradient_linearization(outer, call)
     H = LinearizedMap(slope, outer.output, symmetric=True)
     H = replace(
         H, mark=is_convex(loss, y) or partial(computed_convex, loss, y, H._apply, found.lin.outputs, found.tree)

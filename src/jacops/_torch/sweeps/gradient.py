@@ -26,6 +26,7 @@ from .graph import passed_bytes
 from .linearization import Linearization
 from .pulls import PULLS, MatchesPlain
 from .second_nodes import HessianByNodes, leaf_places, second_plan
+from .weights import check_kept
 
 # Bytes of a loss's cotangents from which on several products in one pass gain nothing: with 16 products one pass took
 # 0.9 of the time of passes one by one at 380 KB and 1.3 at 830 KB (MLPs), 0.5 at 560 KB and 1.6 at 2 MB (CNNs).
@@ -58,12 +59,14 @@ class MatchesSweep:
             RouteWrongError: They do not.
         """
         lin = ask.lin
-        noise = [private_noise(leaf, i) for i, leaf in enumerate(lin.leaves)]
+        direction, wanted = lin.probe or ([private_noise(leaf, i) for i, leaf in enumerate(lin.leaves)], None)
+        lin.probe = None
 
         def products() -> Rows:
-            return lin.gradient(noise)
+            return lin.gradient(direction)
 
-        wanted, own = products(), lin.by_nodes.product(lin.loss, noise)
+        wanted = products() if wanted is None else wanted
+        own = lin.by_nodes.product(lin.loss, direction)
         gap = math.hypot(*(size(a - b) for a, b in zip(own, wanted, strict=True)))
         scale = math.hypot(*map(size, wanted))
         if not gap <= lin.tolerance * scale and not gap <= rounding_error(products, wanted):
@@ -186,6 +189,7 @@ class Gradient(Linearization):
 
     Attributes:
         loss: `lin`.
+        probe: A direction and the product with it, where one was computed to check the gradient.
     """
 
     pulls = (RowsByNodesTogether(), RowsByNodes(), *PULLS)
@@ -196,10 +200,12 @@ class Gradient(Linearization):
         self.depend_on(lin, lin.aliased_leaves)
         self.loss = lin
         self.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
+        self.probe: tuple[Rows, Rows] | None = None
         self._by_nodes: HessianByNodes | None = None
 
     def _record(self) -> list[Tensor]:
         lin = self.loss
+        check_kept(lin.weights, self.call)
         grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
         return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
 
@@ -210,6 +216,11 @@ class Gradient(Linearization):
             names = tuple([f"d loss / d {name}" for name in self.domain.names])
             self._codomain = Space(names, self.domain.shapes, self.domain.dtypes, self.domain.device)
         return self._codomain
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the values that the graph keeps, leaves left out; the loss's, where no gradient was recorded."""
+        return self.loss.held_bytes if callable(self._outputs) else super().held_bytes
 
     def pull_vector(self, vector: Tensor) -> Tensor:
         """Return the product with a flat vector `(dim,)`."""

@@ -26,25 +26,18 @@ from .linearization import Linearization
 from .record import Recording
 
 
-def gradient_linearization(found: Recording, call: str, once: bool = False) -> Gradient:
+def gradient_linearization(found: Recording, call: str) -> Gradient:
     """Return the linearization of a loss's gradient, ready to be differentiated again.
-
-    Args:
-        found: The loss.
-        call: The public call on whose behalf this is done.
-        once: It is used before anybody can write into the weights, so that its graph is recorded only if it is needed.
 
     Raises:
         NotDifferentiableError: A `once_differentiable` Function cut the graph, or the Hessian is not symmetric.
     """
     gradient = Gradient(found.lin, call)
-    if not once:
-        _ = gradient.outputs
     _check_twice(found.lin, gradient, call)
     return gradient
 
 
-def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None:
+def _check_twice(lin: Linearization, gradient: Gradient, call: str) -> None:
     """Refuse a gradient whose own derivative torch drops or gets wrong, as far as two sweeps show it.
 
     Raises:
@@ -62,6 +55,7 @@ def _check_twice(lin: Linearization, gradient: Linearization, call: str) -> None
 
     found = products()
     check_finite(call, found, 2 * gradient.domain.names, lin)
+    gradient.probe = u, found[: len(u)]
     gap = abs(sum(float(inner(a, b.unsqueeze(0))) * sign for a, b, sign in _crossed(u, v, found)))
     scale = math.hypot(*map(size, found))
     if gap <= gradient.tolerance * scale:
