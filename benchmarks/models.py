@@ -209,17 +209,17 @@ def forward_flops(model: nn.Module, x: Tensor) -> int:
 
 
 def after_step(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call that comes after all weights have moved, as an optimiser moves them, by one rounding.
+    """Return a call that comes after an optimiser has written into all weights.
 
-    Afterwards they are what they were: a unit at a kink may switch, and others are asked about the same model.
+    They have their old values again, so that the answer is the same: a change by one rounding moves some unit of a large
+    network over its kink.
     """
     weights = [parameter.data for parameter in model.parameters()]
     before = [weight.clone() for weight in weights]
 
     def moved() -> Any:
         torch._foreach_mul_(weights, 1 + 2**-23)
-        found = call()
         torch._foreach_copy_(weights, before)
-        return found
+        return call()
 
     return moved
