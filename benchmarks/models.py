@@ -211,8 +211,8 @@ def forward_flops(model: nn.Module, x: Tensor) -> int:
 def after_step(model: nn.Module, call: Callable[[], Any]) -> Callable[[], Any]:
     """Return a call that comes after an optimiser has written into all weights.
 
-    They have their old values again, so that the answer is the same: a change by one rounding moves some unit of a large
-    network over its kink.
+    They have their old values again, so that the answer is the same: a change by one rounding moves some unit of a
+    large network over its kink.
     """
     weights = [parameter.data for parameter in model.parameters()]
     before = [weight.clone() for weight in weights]

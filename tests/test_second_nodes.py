@@ -56,7 +56,7 @@ def compare(model: nn.Module, loss: Loss, x: Any, y: Any, routed: bool = True) -
         expected = by_hand(model, loss, x, y, v)
         for found in (jacops.hvp(model, loss, x, y, v), H @ v):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-    assert ("forward and back" in H.lin.routes[Question.HESSIAN]) == routed, H.lin.routes
+    assert ("graph of the loss" in H.lin.routes[Question.HESSIAN]) == routed, H.lin.routes
     V = torch.randn(size, 3, generator=torch.Generator().manual_seed(9), dtype=F64)
     expected = torch.stack([by_hand(model, loss, x, y, v) for v in V.T], 1)
     for large in (False, True):
@@ -65,7 +65,7 @@ def compare(model: nn.Module, loss: Loss, x: Any, y: Any, routed: bool = True) -
         lin.__dict__["_loss_bytes"] = 2**30 if large else 0  # which decides on one pass for all, or one for each
         for found in (H @ V, H @ V, jacops.hvp(model, loss, x, y, V)):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
-        assert ("forward and back" in lin.routes[Question.PULL]) == routed, lin.routes
+        assert ("graph of the loss" in lin.routes[Question.PULL]) == routed, lin.routes
         assert not routed or ("one batched pass" in lin.routes[Question.PULL]) != large, lin.routes
 
 
@@ -349,7 +349,7 @@ def test_graphs_that_it_does_not_apply_to(operation: Callable[[Tensor], Tensor])
     H = jacops.hessian(model, squares, x, y)
     for found in (H @ v, jacops.hvp(model, squares, x, y, v), H @ v):
         torch.testing.assert_close(found, by_hand(model, squares, x, y, v), rtol=1e-5, atol=1e-7)
-    assert "forward and back" not in H.lin.routes[Question.HESSIAN]
+    assert "graph of the loss" not in H.lin.routes[Question.HESSIAN]
 
 
 def test_the_gradient_of_a_single_product_is_not_recorded() -> None:

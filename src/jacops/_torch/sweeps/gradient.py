@@ -16,7 +16,7 @@ from ..._ladder.failures import RouteWrongError
 from ..._ladder.names import Question
 from ..._ladder.plan import Cost
 from ..._ladder.route import answer
-from ..._runtime.agreement import size
+from ..._runtime.agreement import size, tolerance
 from ..._runtime.contexts import out_of_inference, private_noise
 from ..._runtime.rounding import rounding_error
 from ..._runtime.rows import Rows, written
@@ -91,7 +91,7 @@ class ProductByNodes:
 
     def describe(self, ask: ProductAsk) -> str:
         """Name it."""
-        return "node by node through the recorded graph, forward and back"
+        return "node by node through the graph of the loss"
 
     def value(self, ask: ProductAsk) -> Tensor:
         """Return the product, flat."""
@@ -142,7 +142,7 @@ class RowsByNodes:
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the number of products."""
-        return f"{ask.many} products node by node through the recorded graph, forward and back"
+        return f"{ask.many} products node by node through the graph of the loss"
 
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *leaf)` per leaf."""
@@ -208,6 +208,16 @@ class Gradient(Linearization):
         check_kept(lin.weights, self.call)
         grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
         return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
+
+    def release(self) -> None:
+        """Drop the recorded gradient where products do not need it; it is recorded again if something does."""
+        if self.has_nodes:
+            self._outputs, self._graph_info = self._record, None
+
+    @cached_property
+    def tolerance(self) -> float:
+        """To which routes have to agree: slopes have the leaves' dtypes."""
+        return tolerance([*self.domain.dtypes, *self._coarse])
 
     @property
     def codomain(self) -> Space:

@@ -55,12 +55,13 @@ def _check_twice(lin: Linearization, gradient: Gradient, call: str) -> None:
 
     found = products()
     check_finite(call, found, 2 * gradient.domain.names, lin)
-    gradient.probe = u, found[: len(u)]
     gap = abs(sum(float(inner(a, b.unsqueeze(0))) * sign for a, b, sign in _crossed(u, v, found)))
     scale = math.hypot(*map(size, found))
     if gap <= gradient.tolerance * scale:
         if scale:  # zero is symmetric whatever an operation's second derivative is
             gradient.proofs.remember(Fact.SYMMETRIC)
+        gradient.probe = u, found[: len(u)]
+        gradient.release()
     elif not gap <= rounding_error(products, found):
         raise asymmetric(call, gap / scale, lin.graph_info.functions)
 

@@ -281,12 +281,10 @@ class Linearization:
 
     def stacked(self, grads: list[Tensor | None], leaf: int) -> Tensor:
         """Return gradients by one leaf as rows, zeros where no path leads to it."""
-        found = stacked(grads)
+        found, space = stacked(grads), self.domain
         if found is not None:
             return found
-        return torch.zeros(
-            len(grads), *self.domain.shapes[leaf], dtype=self.domain.dtypes[leaf], device=self.domain.device
-        )
+        return torch.zeros(len(grads), *space.shapes[leaf], dtype=space.dtypes[leaf], device=space.device)
 
     def filled(self, grads: Sequence[Tensor | None], many: int) -> Rows:
         """Return batched gradients with zeros where no path leads to a leaf."""
