@@ -176,7 +176,7 @@ def test_the_routes_taken_and_what_was_proved_are_shown() -> None:
     assert "proved: matches plain" not in repr(unproved)
     G = jacops.ggn(NET, F.cross_entropy, X, Y)
     G @ torch.ones(P)
-    for words in ("Jacobian push: ", "Jacobian pull: ", "Hessian pull: ", "known to be: symmetric, positive semi"):
+    for words in ("Jacobian push: ", "Jacobian pull: ", "Hessian product: ", "known to be: symmetric, positive semi"):
         assert repr(G).count(words) == 1
 
 

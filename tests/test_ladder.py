@@ -217,7 +217,7 @@ class Doubled:
 
 
 def test_operators_show_why_a_pull_was_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linearization, "PULLS", (Doubled(), *pulls.PULLS))
+    monkeypatch.setattr(linearization.Linearization, "pulls", (Doubled(), *pulls.PULLS))
     model, x = net(), draw(6, 4)
     J = jacops.jacobian(model, x)
     rows = draw(4, J.shape[0])

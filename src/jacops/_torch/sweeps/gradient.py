@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class MatchesSweep:
             return lin.gradient(direction)
 
         wanted = products() if wanted is None else wanted
-        own = lin.by_nodes.product(lin.loss, direction)
+        own = lin.multiplied(direction)
         gap = math.hypot(*(size(a - b) for a, b in zip(own, wanted, strict=True)))
         scale = math.hypot(*map(size, wanted))
         if not gap <= lin.tolerance * scale and not gap <= rounding_error(products, wanted):
@@ -96,7 +97,7 @@ class ProductByNodes:
     def value(self, ask: ProductAsk) -> Tensor:
         """Return the product, flat."""
         lin = ask.lin
-        return _flatten_dense_tensors(lin.by_nodes.product(lin.loss, _unflatten_dense_tensors(ask.vector, lin.leaves)))
+        return _flatten_dense_tensors(lin.multiplied(_unflatten_dense_tensors(ask.vector, lin.leaves)))
 
 
 class ProductBySweep:
@@ -150,7 +151,7 @@ class RowsByNodes:
         given = _contiguous(ask.rows)
         out = ask.out or [torch.empty_like(rows) for rows in given]
         for i in range(ask.many):
-            for rows, part in zip(out, lin.by_nodes.product(lin.loss, [rows[i] for rows in given]), strict=True):
+            for rows, part in zip(out, lin.multiplied([rows[i] for rows in given]), strict=True):
                 rows[i] = part
         return out
 
@@ -161,9 +162,10 @@ class RowsByNodesTogether(RowsByNodes):
     name = "node by node, batched"
 
     def refuses(self, ask: SweepAsk) -> str | None:
-        """One product needs no batch, and large ones gain nothing from it."""
+        """One needs no batch, large ones gain nothing from it, and torch's batching is not right for all operations."""
         lin: Any = ask.lin
-        return "" if ask.many == 1 or lin.is_large else super().refuses(ask)
+        reason = "" if ask.many == 1 or lin.is_large else super().refuses(ask)
+        return reason if reason is not None or lin.by_nodes.is_written else ""
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the number of products."""
@@ -172,12 +174,19 @@ class RowsByNodesTogether(RowsByNodes):
     def value(self, ask: SweepAsk) -> Rows:
         """Return `(k, *leaf)` per leaf."""
         lin: Any = ask.lin
-        return written(lin.by_nodes.product(lin.loss, _contiguous(ask.rows), together=True), ask.out)
+        return written(lin.multiplied(_contiguous(ask.rows), together=True), ask.out)
 
 
 def _contiguous(rows: Sequence[Tensor]) -> Rows:
     """Return rows, which are columns of the caller's, in memory of their own order: they are read several times."""
     return [part.contiguous() for part in rows]
+
+
+def _slopes(lin: Linearization, call: str) -> Rows:
+    """Return the gradient of one number, with its graph."""
+    check_kept(lin.weights, call)
+    grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
 
 
 class Gradient(Linearization):
@@ -196,18 +205,13 @@ class Gradient(Linearization):
 
     def __init__(self, lin: Linearization, call: str) -> None:
         known = {"private": lin.private, "fallback": lin.fallback, "domain": lin.domain}
+        self._record = partial(_slopes, lin, call)
         super().__init__(lin.leaves, self._record, leaf_names=(), output_names=(), call=call, **known)
         self.depend_on(lin, lin.aliased_leaves)
         self.loss = lin
         self.plain = not lin.graph_info.functions  # torch's own backward passes are made of torch's own operations
         self.probe: tuple[Rows, Rows] | None = None
         self._by_nodes: HessianByNodes | None = None
-
-    def _record(self) -> list[Tensor]:
-        lin = self.loss
-        check_kept(lin.weights, self.call)
-        grads = lin.pull([out_of_inference(torch.ones_like(lin.outputs[0]))], create_graph=True)
-        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, lin.leaves, strict=True)]
 
     def release(self) -> None:
         """Drop the recorded gradient where products do not need it; it is recorded again if something does."""
@@ -264,6 +268,15 @@ class Gradient(Linearization):
     def _passed_bytes(self) -> int:
         return 5 * self._loss_bytes // 2  # 2 to 2.7 times, for MLPs and CNNs: known before the gradient is recorded
 
+    def multiplied(self, direction: Sequence[Tensor], together: bool = False) -> Rows:
+        """Return products node by node, as `HessianByNodes.product`.
+
+        Raises:
+            RouteFailedError: The graph holds something that there is no rule for.
+        """
+        self.sweeps += 1
+        return self.by_nodes.product(self.loss, direction, together)
+
     @property
     def by_nodes(self) -> HessianByNodes:
         """The loss's graph in the order of such a product, made when it is first needed.
@@ -274,6 +287,7 @@ class Gradient(Linearization):
         if self._by_nodes is None:
             lin = self.loss
             places = leaf_places(lin)
-            plan = self.proofs.measured.take((Question.HESSIAN, places), lambda: second_plan(lin, places))
+            key = (Question.HESSIAN, places, len(lin.graph_info.nodes))
+            plan = self.proofs.measured.take(key, lambda: second_plan(lin, places))
             self._by_nodes = HessianByNodes(lin, plan)
         return self._by_nodes

@@ -167,10 +167,14 @@ class HessianByNodes:
         self._plan, self._nodes = plan, list(lin.graph_info.nodes)
         self._cotangents: list[Tensor | None] | None = None  # of every node, which products share
 
+    @property
+    def is_written(self) -> bool:
+        """Whether all operations have rules of their own."""
+        return all([pull.rule.written for pull in self._plan.pulls])
+
     @restoring
     def product(self, lin: Linearization, direction: Sequence[Tensor], together: bool = False) -> Rows:
         """Return one tensor per leaf from one per leaf; `(k, *leaf)` from the same where several go `together`."""
-        lin.sweeps += 1
         with sweeping(lin.outputs[0]), torch.no_grad(), quiet_loops() if together else nullcontext():
             if self._cotangents is None:
                 self._cotangents = self._pulled(torch.ones_like(lin.outputs[0]))

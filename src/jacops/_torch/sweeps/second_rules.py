@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ..._runtime.engine import swept
+from ..._runtime.restoring import restoring
 from .node_rules import TransposedBackward, axis_of
 
 Parts = Sequence[Tensor | None]
@@ -70,6 +71,7 @@ def _moved_on(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Ten
     return _backward(node, dc, needs)
 
 
+@restoring
 def _differentiated(
     node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Tensor | None, needs: Needs
 ) -> Parts:
@@ -81,7 +83,12 @@ def _differentiated(
         grads, seeds = [g for g, _ in bent], [t.to(g.dtype).expand(g.shape) for g, t in bent]
         found = iter(swept(grads, edges, seeds) if bent else [None] * len(edges))
     plain = _backward(node, dc, needs)
-    return [_plus(part, next(found)) if need else None for part, need in zip(plain, needs, strict=True)]
+    return [_plus_summed(part, next(found)) if need else None for part, need in zip(plain, needs, strict=True)]
+
+
+def _plus_summed(part: Tensor | None, found: Tensor | None) -> Tensor | None:
+    """Add what a node gave, which is not summed over what was broadcast, to what the engine found, which is."""
+    return part if found is None else found if part is None else part.sum_to_size(found.shape) + found
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
@@ -153,7 +160,7 @@ def _of_logsigmoid(node: Any, moving: Tensor, moved: Any) -> Tensor:
 
 
 def _of_elu(node: Any, moving: Tensor, moved: Tensor) -> Tensor:
-    value = node._saved_self_or_result if hasattr(node, "_saved_self_or_result") else node._saved_self
+    value = node._saved_self if node.name() == _OF_VALUE else node._saved_result  # negative together
     return torch.where(value > 0, 0, moved) * node._saved_input_scale
 
 
@@ -279,10 +286,11 @@ def _change_quotient(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, mov
 # Their backwards hold no value that moves, or only where entries are: maxima, masks, signs.
 _SAME = """
     AdaptiveAvgPool2D0 Abs0 Alias0 AvgPool2D0 Cat0 Clamp1 Clone0 ConstantPadNd0 Cumsum0 Diagonal0 Div1 Expand0 Flip0
-    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 MaskedFill0 MaxPool2DWithIndices0 Mean0 Mean1 Mul1 Neg0 NllLoss0
-    NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2 Stack0 Sum0 Sum1
-    T0 Threshold0 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
+    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaskedFill0 MaxPool2DWithIndices0 Mean0 Mean1 Mul1
+    Neg0 NllLoss0 NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2
+    Stack0 Sum0 Sum1 T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
 """
+_OF_VALUE = "EluBackward0"
 _SPREAD = "Add0 Rsub1 Sub0 Where0"
 _RULES: dict[str, SecondRule] = {
     **dict.fromkeys((f"{n[:-1]}Backward{n[-1]}" for n in _SAME.split()), SecondRule(_backward, _moved_on, bends=False)),
@@ -305,7 +313,8 @@ _RULES: dict[str, SecondRule] = {
     "SiluBackward0": _entrywise(_of_silu, reads=False),
     "SoftplusBackward0": _entrywise(_of_softplus, reads=False),
     "LogSigmoidBackward0": _entrywise(_of_logsigmoid, reads=False),
-    "EluBackward0": _entrywise(_of_elu),
+    _OF_VALUE: _entrywise(_of_elu),
+    "EluBackward1": _entrywise(_of_elu),
     "LogSoftmaxBackward0": SecondRule(_backward, _of_log_softmax, reads=True),
     "SoftmaxBackward0": SecondRule(_backward, _of_softmax, reads=True),
     "MseLossBackward0": SecondRule(_backward, _of_mse),
