@@ -67,11 +67,13 @@ class SecondPlan:
         leaves: The place of each leaf, -1 where no path leads to it.
         pushes: The nodes that tangents have to go through.
         pulls: The nodes that cotangents go through, the last one first.
+        inner: Those of them that pass cotangents on to other nodes.
     """
 
     leaves: tuple[int, ...]
     pushes: tuple[_Push, ...]
     pulls: tuple[_Pull, ...]
+    inner: tuple[_Pull, ...]
 
 
 def leaf_places(lin: Linearization) -> tuple[int, ...]:
@@ -102,7 +104,8 @@ def second_plan(lin: Linearization, leaves: tuple[int, ...]) -> SecondPlan:
         raise RouteFailedError("an operation without a rule of its own, whose inputs depend on each other")
     if sum(not rule.written for rule in rules) > _UNWRITTEN * len(rules):
         raise RouteFailedError("too many operations without a rule of their own")
-    return SecondPlan(leaves, _pushes(made, rules), _pulls(made, rules, info, set(leaves)))
+    pulls = _pulls(made, rules, info, set(leaves))
+    return SecondPlan(leaves, _pushes(made, rules), pulls, tuple([pull for pull in pulls if True in pull.inner]))
 
 
 def _check(node: Any, lin: Linearization) -> None:
@@ -210,9 +213,9 @@ class HessianByNodes:
         """Return the cotangents of all nodes."""
         found: list[Tensor | None] = [None] * (len(self._nodes) + 1)
         found[self._plan.pulls[0].place] = seed
-        for place, sources, _, inner, rule, shapes in self._plan.pulls:
+        for place, sources, _, inner, rule, shapes in self._plan.inner:
             c = found[place]
-            if c is not None and True in inner:
+            if c is not None:
                 _collect(found, sources, rule.pull(self._nodes[place], c, inner), shapes, inner)
         return found
 
