@@ -24,6 +24,7 @@ SMOKE = (
     "test_remembered_samples",
     "test_remembered_rows",
     "test_kept_products",
+    "test_second_nodes",
     "test_known_uses",
     "test_inputs",
     "test_faults_products",
