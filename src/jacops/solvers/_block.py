@@ -23,7 +23,26 @@ from ._system import System
 _SHARED = 64  # rows of a matrix that a BLAS decomposes by several threads, and for which loading SciPy's is worth it
 _FLAT_STEPS = 50  # steps without curvature until the operator counts as singular: rounding makes a few of them flat
 
-_Step = tuple[Tensor, Tensor, Tensor]  # directions, their products and their curvatures
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """Directions of a step.
+
+    Attributes:
+        P: The directions, `(k, n)`.
+        AP: Their products.
+        turn: Eigenvectors of $P A P^T$ with firm curvature, as columns.
+        curvatures: Their eigenvalues.
+    """
+
+    P: Tensor
+    AP: Tensor
+    turn: Tensor
+    curvatures: Tensor
+
+    def solved(self, rows: Tensor) -> Tensor:
+        r"""Return small rows `(m, k)` times the inverse of $P A P^\top$, without turning the directions themselves."""
+        return ((rows @ self.turn) / self.curvatures) @ self.turn.T
 
 
 def block_iteration(
@@ -96,6 +115,14 @@ def _alone(decompose: Callable[[Any], Any], small: Any) -> Any:
         return decompose(small)
 
 
+def _add(rows: Tensor, left: slice | list[int], alpha: Tensor, P: Tensor, factor: float = 1) -> None:
+    """Add multiples of directions to some rows; to all of them without an array in between."""
+    if isinstance(left, slice):
+        rows.addmm_(alpha, P, alpha=factor)
+    else:
+        rows[left] = rows[left].addmm_(alpha, P, alpha=factor)
+
+
 class _BlockRun:
     """An iteration at work."""
 
@@ -132,16 +159,16 @@ class _BlockRun:
         self.flat += not firm.all()
         if self.flat > _FLAT_STEPS:
             return self.ended()
-        turned, bent = torch.from_numpy(turn[:, firm].T.copy()).to(P), torch.from_numpy(curvatures[firm]).to(P)
-        self._move(turned @ P, turned @ AP, bent)
+        turned, bent = torch.from_numpy(turn[:, firm].copy()).to(P), torch.from_numpy(curvatures[firm]).to(P)
+        self._move(_Step(P, AP, turned, bent))
         return None
 
-    def _move(self, P: Tensor, AP: Tensor, curvatures: Tensor) -> None:
+    def _move(self, step: _Step) -> None:
         """Minimise along directions, let rows go that are done, and find the next directions."""
         x, r, left, result, system = self.result.x, self.r, self.left, self.result, self.system
-        alpha = (r[left] @ P.T) / curvatures
-        x[left] += alpha @ P
-        r[left] -= alpha @ AP
+        alpha = step.solved(r[left] @ step.P.T)
+        _add(x, left, alpha, step.P)
+        _add(r, left, alpha, step.AP, -1)
         scale = result.norm * x.norm(dim=1)
         above, far = read(
             r.norm(dim=1) > self.goals.maximum(0.5 * system.eps * scale),
@@ -150,7 +177,7 @@ class _BlockRun:
         result.end([row for row in self.active if not above[row]], self.step)
         result.end([row for row in self.active if above[row] and far[row]], self.step, Status.SINGULAR)
         self.active = [row for row in self.active if above[row] and not far[row]]
-        self.P = self._directions((P, AP, curvatures))
+        self.P = self._directions(step)
 
     def _directions(self, last: _Step | None) -> Tensor:
         """Return orthonormal directions from the residuals, conjugate to the last ones."""
@@ -159,11 +186,10 @@ class _BlockRun:
             return residual
         z = self.inner(residual)
         along, shrunk = (residual * z).sum(1), (self.size[self.left] / residual.norm(dim=1)).max()
-        z = z / z.norm(dim=1, keepdim=True)
-        if last is not None and last[0].shape[0]:
-            P, AP, curvatures = last
-            z = z - ((z @ AP.T) / curvatures) @ P
-            z = z / z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+        z = z / z.norm(dim=1, keepdim=True)  # a tensor of its own from here on
+        if last is not None and len(last.curvatures):
+            z.addmm_(last.solved(z @ last.AP.T), last.P, alpha=-1)
+            z.div_(z.norm(dim=1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny))
         basis, triangle = torch.linalg.qr(z.T)
         positive, shrinking, small = read(along > 0, shrunk, triangle)
         if not positive.all() or not np.isfinite(small).all():
