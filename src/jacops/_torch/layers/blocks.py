@@ -10,6 +10,7 @@ Matrices are filled by halves: what is written here is X, and the curvature is X
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -206,13 +207,15 @@ def _add_joined(
         raise ValueError("both terms need operands")
     inputs, wide = more.values.shape[2], delta.shape[1] * right.shape[1]
     step = max(1, most // 4 // (wide * max(samples, left.shape[1])))
-    chunk = max(1, most // 4 // (step * wide))
+    chunk = _even(samples, most // 4 // (step * wide))
+    held = right.new_empty(min(chunk, samples), step, delta.shape[1], right.shape[1])  # for every round
     for start in range(0, many, step):
         stop = min(start + step, many)
         where = slice(rows.where.start + start, rows.where.start + stop)
         for first in range(0, samples, chunk):
-            some = slice(first, first + chunk)
-            values = rows.values[some, start:stop, :, None] * right[some, None, None]
+            some = slice(first, min(first + chunk, samples))
+            values = held[: some.stop - first, : stop - start]
+            torch.mul(rows.values[some, start:stop, :, None], right[some, None, None], out=values)
             values[..., :inputs].addcmul_(more.values[some, start:stop, None], delta[some, None, :, None])
             block = (left[some].T @ values.flatten(1)).reshape(-1, *values.shape[1:]).transpose(0, 1)
             _write(matrix, rows, columns, (where, 0), block, weight)
@@ -247,7 +250,7 @@ def _pairs(
         yield slice(0, many), left if right is None else right, inner, None
         return
     half = _half_of(inner[0], left.device) if own else None
-    chunk = max(1, most // max(1, inner.numel()))
+    chunk = _even(many, most // max(1, inner.numel() if half is None else len(half[0])))
     for start in range(0, many, chunk):
         some = slice(start, start + chunk)
         a, b = left[some], right[some]
@@ -256,6 +259,11 @@ def _pairs(
         else:
             i, j, packed = half
             yield some, a.index_select(1, i).mul_(b.index_select(1, j)), inner, packed
+
+
+def _even(many: int, most: int) -> int:
+    """Return how many of so many go into a round that takes `most`: a last round of few costs as many writes."""
+    return math.ceil(many / math.ceil(many / max(1, most))) if many else 1
 
 
 def _half_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
