@@ -111,7 +111,7 @@ class Judge:
         system, shift = self.system, self.exponents[where] - self.system.fixed()
         scaled, x, loss = _scaled_back(raw.x, shift)
         if len(where) == len(self.x):
-            self.x = scaled.to(self.x)
+            self.x = scaled.to(self.x).contiguous()
         else:
             self.x[where] = scaled
         judged = _largest(x).isfinite() & ~_failed_for_good(raw, where)
