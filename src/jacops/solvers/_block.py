@@ -25,7 +25,7 @@ _FLAT_STEPS = 50  # steps without curvature until the operator counts as singula
 
 
 @dataclass(frozen=True, eq=False)
-class _Step:
+class _BlockStep:
     """Directions of a step.
 
     Attributes:
@@ -160,10 +160,10 @@ class _BlockRun:
         if self.flat > _FLAT_STEPS:
             return self.ended()
         turned, bent = torch.from_numpy(turn[:, firm].copy()).to(P), torch.from_numpy(curvatures[firm]).to(P)
-        self._move(_Step(P, AP, turned, bent))
+        self._move(_BlockStep(P, AP, turned, bent))
         return None
 
-    def _move(self, step: _Step) -> None:
+    def _move(self, step: _BlockStep) -> None:
         """Minimise along directions, let rows go that are done, and find the next directions."""
         x, r, left, result, system = self.result.x, self.r, self.left, self.result, self.system
         alpha = step.solved(r[left] @ step.P.T)
@@ -179,7 +179,7 @@ class _BlockRun:
         self.active = [row for row in self.active if above[row] and not far[row]]
         self.P = self._directions(step)
 
-    def _directions(self, last: _Step | None) -> Tensor:
+    def _directions(self, last: _BlockStep | None) -> Tensor:
         """Return orthonormal directions from the residuals, conjugate to the last ones."""
         residual = self.r[self.left] if self.active else self.r[:0]
         if not self.active:
