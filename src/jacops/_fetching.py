@@ -44,8 +44,8 @@ class _Picked:
             picked, dataset = [dataset.indices[row] for row in picked], dataset.dataset
         if not picked or any(type(row) is not int for row in picked):  # a sampler's own kind of index
             return default_collate([self.dataset[row] for row in rows])
-        where = torch.as_tensor(picked)
-        return [tensor[where] for tensor in dataset.tensors]
+        where, table = torch.as_tensor(picked), vars(dataset)["tensors"]
+        return [tensor[where] for tensor in table]
 
 
 def _as_it_is(batch: Any) -> Any:
