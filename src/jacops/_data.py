@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._checksums import checksum, is_apart
+from ._fetching import together
 from ._progress import track
 from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._runtime.restoring import restoring
@@ -320,7 +321,7 @@ def _step(loader: Any, steps: list[Any], states: list[Any] | None) -> tuple[Any,
         if states is not None:
             set_random_states(states)
         if not steps:
-            steps.append(iter(loader))
+            steps.append(iter(together(loader)))
         return next(steps[0], _END), random_states()
 
 

@@ -148,11 +148,17 @@ class InfluenceRun:
         left, solved, space = data.rows, self.solved(data), self.problem.space
         most = self.group(left, held)
         while left:
-            x, known, filled = torch.empty(min(most, left), held.dim, dtype=space.dtype, device=space.device), [], 0
-            while filled < len(x):
+            many, known, filled = min(most, left), list[Solution](), 0
+            x = torch.empty(0, held.dim, dtype=space.dtype, device=space.device)
+            while filled < many:
                 _, solution = next(solved)
-                x[filled : filled + len(solution.x)] = on_finite_rows(held.packed, solution.x)
-                filled += len(solution.x)
+                rows = on_finite_rows(held.packed, solution.x)
+                if len(rows) == many:
+                    x = rows
+                else:
+                    x = x if filled else x.new_empty(many, held.dim)
+                    x[filled : filled + len(rows)] = rows
+                filled += len(rows)
                 known.append(replace(solution, x=solution.x[:, :0].clone()))
             left -= filled
             yield x, known
@@ -195,7 +201,12 @@ def _gradients(problem: Problem, parts: list[Batch]) -> Callable[[], Tensor]:
         problem.keep(point)
         return dense
 
-    return lambda: torch.cat([rows(problem.at(part)) for part in parts])
+    return lambda: joined([rows(problem.at(part)) for part in parts])
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return rows one below the other; a single part as it is, since a copy of it costs its memory once more."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 class Settings(NamedTuple):

@@ -72,7 +72,7 @@ class SumOver(OnSpace):
             totals = [torch.zeros_like(rows) if ridge is None else rows * ridge for rows in tiles]
             for factor, part in self.parts():
                 for rows, total in zip(tiles, totals, strict=True):
-                    total += factor * part._apply(rows)
+                    total.add_(part._apply(rows), alpha=factor)
             return totals
 
         return self.ranks.sums(f"{self.name} @ v", own, vectors=tiles)

@@ -12,7 +12,9 @@ from .contexts import is_memory_error
 ENTRIES = 2**22  # 32 MiB of vectors and images in float64: more leave the caches
 ROWS = 64  # 32 to 64 were fastest for a perceptron; 4 took twice as long, 128 and more a quarter longer
 MOST_COLUMNS = 128  # tangents of one parameter: 1.4 times faster than 64 through small nets, and no slower than 256
-_CACHED = 2**25  # 1.5 times faster than 64 rows, for a perceptron over 1,500 samples
+# For a perceptron over 1,500 samples 1.5 times faster than 64 rows, and a tenth faster than twice as much, whose arrays
+# are too large for memory that was just freed to hold them: 54,000 page faults of a solve become 5,000.
+_CACHED = 2**24
 
 
 def rows_of(entries: int, most: int | None = None) -> int:

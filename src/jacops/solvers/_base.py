@@ -100,7 +100,7 @@ class Prepared(ABC):
         step = max(1, _WORKING_ENTRIES // (_VECTORS * max(1, self.system.n)))
         for where in judge.solvable.split(step):
             if len(where):
-                yield where, self._attempted(judge.rows[where])
+                yield where, self._attempted(judge.some(where))
 
     def _measure(self, judges: Sequence[Judge], raws: Sequence[Sequence[tuple[Tensor, Raw]]]) -> None:
         """Compute the residuals that methods left to be computed, all together; those of failed rows stay for later."""
@@ -109,7 +109,7 @@ class Prepared(ABC):
             for where, raw in own:
                 if raw.left is None and not raw.unchecked and not raw.failed and is_finite(raw.x):
                     asked.append(raw)
-                    pairs.append((raw.x, judge.rows[where]))
+                    pairs.append((raw.x, judge.some(where)))
         for raw, left in zip(asked, self.system.residual_norms(pairs) if pairs else (), strict=True):
             raw.left, raw.measured = left, True
 

@@ -17,7 +17,7 @@ from .._runtime.contexts import in_own_dtype, private_noise
 from .._runtime.restoring import restoring
 from ..errors import InputError, NonFiniteError
 from ._base import Prepared, Raw, Solver
-from ._cholesky import by_cholesky, cholesky
+from ._cholesky import by_cholesky, cholesky, symmetric_map
 from ._judge import condition_limit
 from ._refine import IterationResult, refined
 from ._solution import Status
@@ -100,17 +100,31 @@ class _Factorised(Prepared):
         def run(rows: Tensor, goals: Tensor, most: int) -> IterationResult:
             return IterationResult(self.once(rows), [0] * rows.shape[0])  # no norm: steps below rounding pay too
 
-        raw = refined(self.system, rows, 1, run, self._left, share=self.share)
-        left = raw.left if self._stands_for_operator(raw.x, rows) else None
+        last: list[tuple[Tensor, Tensor]] = []
+
+        def residual(x: Tensor, rows: Tensor) -> Tensor:
+            last[:] = [(x, self._left(x, rows))]
+            return last[0][1]
+
+        raw = refined(self.system, rows, 1, run, residual, share=self.share)
+        known = last[0][1] if last and last[0][0] is raw.x else None
+        left = raw.left if self._stands_for_operator(raw.x, rows, known) else None
         return replace(raw, norm=self.norm, info=self.info, left=left)
 
-    def _stands_for_operator(self, x: Tensor, rows: Tensor) -> bool:
-        """Compare residuals from the matrix with those from the operator, along a random mixture of all rows."""
+    def _stands_for_operator(self, x: Tensor, rows: Tensor, left: Tensor | None) -> bool:
+        """Compare residuals from the matrix with those from the operator, along a random mixture of all rows.
+
+        Args:
+            x: Solutions.
+            rows: Right-hand sides.
+            left: Residuals from the matrix, where they are known: a mixture of these takes no product.
+        """
         if self.image is None or not is_finite(x):
             return True  # they come from the operator, or there are none
         mix = private_noise(x.new_empty(1, x.shape[0], dtype=torch.float64), 19)
         mixed_x, mixed_b = (mix @ x.double()).to(x.dtype), (mix @ rows.double()).to(x.dtype)
-        off = float((self.system.residual(mixed_x, mixed_b) - self._left(mixed_x, mixed_b)).norm())
+        mixed = self._left(mixed_x, mixed_b) if left is None else mix @ left
+        off = float((self.system.residual(mixed_x, mixed_b) - mixed).norm())
         # The norm is known from below, within some per cent, and the product rounds more than once.
         rounding = 8 * self.system.eps * (self.norm * float(mixed_x.norm()) + float(mixed_b.norm()))
         return off <= max(rounding, 0.1 * self.system.tolerance * float(mixed_b.norm()))
@@ -132,7 +146,8 @@ class _Primal(_Factorised):
         matrix = _in_unit(system.given.dense(check_finite=False), system)
         matrix.diagonal().add_(system.damping)
         system.products += 0 if in_memory(system.given) else system.n
-        self.norm = _norm(matrix, lambda rows: rows @ matrix.T)
+        known = system.given.symmetric or system.given.positive
+        self.norm = _norm(matrix, symmetric_map(matrix) if known else lambda rows: rows @ matrix.T)
         self._factorise(matrix)
 
     def _factorise(self, matrix: Tensor) -> None:

@@ -80,7 +80,7 @@ class Judge:
 
     def __init__(self, system: System, rows: Tensor) -> None:
         k, device = rows.shape[0], rows.device
-        largest = rows.abs().amax(1) if rows.numel() else rows.new_zeros(k)
+        largest = _largest(rows)
         finite, zero = largest.isfinite(), largest == 0
         # Exponents whose power of two, and its inverse, are normal numbers (limits: 1022 and 126).
         least = 1000 if rows.dtype == torch.float64 else 120
@@ -91,8 +91,9 @@ class Judge:
         self.solvable = (finite & ~zero).nonzero()[:, 0]
         self.system = system
         nan = torch.full((k,), math.nan, dtype=torch.float64, device=device)
-        self.x = torch.zeros_like(rows)
-        self.x[~finite] = math.nan
+        self.x = torch.empty_like(rows)  # rows that are solved for are written in the end
+        if len(self.solvable) < k:
+            self.x.zero_()[~finite] = math.nan
         self.residual = torch.where(finite, torch.zeros_like(nan), nan)
         self.attainable, self.bound = self.residual.clone(), self.residual.clone()
         self.status = [Status.CONVERGED if ok else Status.NONFINITE_INPUT for ok in finite.tolist()]
@@ -101,11 +102,19 @@ class Judge:
         if not bool(finite.all()):
             self.info["nonfinite"] = where_first(rows[0] if k == 1 else rows)
 
+    def some(self, where: Tensor) -> Tensor:
+        """Return some of the rows; all of them without a copy."""
+        return self.rows if len(where) == len(self.rows) else self.rows[where]
+
     def take(self, where: Tensor, raw: Raw) -> None:
         """Judge what a method found for some rows."""
         system, shift = self.system, self.exponents[where] - self.system.fixed()
-        self.x[where], x, loss = _scaled_back(raw.x, shift)
-        judged = torch.linalg.vector_norm(x, math.inf, dim=1).isfinite() & ~_failed_for_good(raw, where)
+        scaled, x, loss = _scaled_back(raw.x, shift)
+        if len(where) == len(self.x):
+            self.x = scaled.to(self.x).contiguous()
+        else:
+            self.x[where] = scaled
+        judged = _largest(x).isfinite() & ~_failed_for_good(raw, where)
         left = self._left(where, raw, x, judged, loss)
         length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
         norm = max(raw.norm or system.norm, system.damping) if bool(judged.any()) else math.nan
@@ -133,9 +142,9 @@ class Judge:
             left[known] = raw.left[known]
         ask = judged & ~known
         if bool(ask.all()):
-            return torch.linalg.vector_norm(self.system.residual(x, self.rows[where]), dim=1)
+            return torch.linalg.vector_norm(self.system.residual(x, self.some(where)), dim=1)
         if bool(ask.any()):
-            rows = self.system.residual(x[ask], self.rows[where][ask])
+            rows = self.system.residual(x[ask], self.rows[where[ask]])
             left[ask] = torch.linalg.vector_norm(rows, dim=1)
         return left
 
@@ -196,6 +205,14 @@ def _failed_for_good(raw: Raw, where: Tensor) -> Tensor:
     return torch.tensor(failed, dtype=torch.bool, device=where.device)
 
 
+def _largest(rows: Tensor) -> Tensor:
+    """Return the size of the largest entry of each row, NaN where one is NaN, without a copy of the rows."""
+    if not rows.numel():
+        return rows.new_zeros(rows.shape[0])
+    # Of 200 rows of 4,810, 0.1 ms; a norm of order infinity along an axis takes 2.4.
+    return torch.maximum(rows.amax(1), rows.amin(1).neg_())
+
+
 def times(rows: Tensor, shift: Tensor) -> Tensor:
     """Return rows times powers of two, in two halves where one power would leave the range of the dtype."""
     # Exponents whose power of two, and its inverse, are normal numbers (limits: 126 and 1022).
@@ -211,7 +228,7 @@ def times(rows: Tensor, shift: Tensor) -> Tensor:
 def _scaled_back(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows times powers of two; the rows as the dtype's range left them; and the relative change by it."""
     scaled, (low, high) = times(x, shift), _EXACT[x.dtype]
-    largest = torch.linalg.vector_norm(x, math.inf, dim=1)
+    largest = _largest(x)
     reached = torch.frexp(largest).exponent + shift
     edge = largest.isfinite() & (largest > 0) & ((reached < low) | (reached > high))
     loss = torch.zeros_like(largest, dtype=torch.float64)

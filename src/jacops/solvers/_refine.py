@@ -112,8 +112,8 @@ def refined(
         share: Of the tolerance, to which residuals are brought down.
     """
     k = rows.shape[0]
-    x, left = torch.zeros_like(rows), rows.to(torch.float64, copy=True)
-    size = torch.linalg.vector_norm(left, dim=1)
+    x = left = rows  # until the first round, which starts at zero; its result counts whatever it is, without copies
+    size = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     goals, now = share * system.tolerance * size, size.clone()
     steps, failed = [0] * k, {}
     info: dict[str, Any] = {}
@@ -122,22 +122,25 @@ def refined(
     for round in range(_ROUNDS):
         # residuals are run at the size of right-hand sides, so that squares do not underflow
         ratio = (size / now)[todo, None]
-        result = run((left[todo] * ratio).to(x.dtype), goals[todo] * ratio[:, 0], most - max(steps))
+        start = rows if round == 0 else (left[todo] * ratio).to(x.dtype)
+        result = run(start, goals[todo] * ratio[:, 0], most - max(steps))
         norm = max(norm, result.norm)
         if result.lowest is not None:
             info["lowest_curvature"] = min(result.lowest, info.get("lowest_curvature", result.lowest))
         if result.reason:
             info["reason"] = result.reason
-        better = x[todo] + (result.x / ratio).to(x.dtype)
+        better = result.x.contiguous() if round == 0 else x[todo] + (result.x / ratio).to(x.dtype)
         ended = {i: status for i, status in result.failed.items() if round == 0 or status == Status.NEGATIVE_CURVATURE}
-        left_then = _true_residuals(residual or system.residual, better, rows[todo], ended)
+        left_then = _true_residuals(residual or system.residual, better, rows if round == 0 else rows[todo], ended)
         then = torch.linalg.vector_norm(left_then, dim=1)
         won = then < now[todo]
         halved = then <= 0.5 * now[todo]
-        kept = won | (round == 0)
-        x[todo] = torch.where(kept[:, None], better, x[todo])
-        left[todo] = torch.where(kept[:, None], left_then, left[todo])
-        now[todo] = torch.where(kept, then, now[todo])
+        if round == 0:
+            x, left, now = better, left_then, then
+        else:
+            x[todo] = torch.where(won[:, None], better, x[todo])
+            left[todo] = torch.where(won[:, None], left_then, left[todo])
+            now[todo] = torch.where(won, then, now[todo])
         for i, row in enumerate(todo.tolist()):
             steps[row] += result.steps[i]
             if i in ended:

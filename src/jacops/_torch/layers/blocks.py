@@ -10,6 +10,7 @@ Matrices are filled by halves: what is written here is X, and the curvature is X
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ ENTRIES = 2**22  # 16 MiB in float32, what was best to keep at work in a process
 # two operations for each of them, adding it up the time of some 25.
 _JOINED = 32
 
-# Sides of tiles: of a 2,048 matrix, 256 took 13 ms, 64 20, 1,024 34, whole 43 (transposes miss caches).
-_TILES = 256, 1024
+# Sides of tiles, least and most: of a 2,048 matrix, 256 took 13 ms, 64 20, 1,024 34, whole 43 (transposes miss caches);
+# of 4,810 rows 512 take 19 ms and 1,024 34.
+_TILES = 256, 512
 
 
 @dataclass(frozen=True)
@@ -206,13 +208,15 @@ def _add_joined(
         raise ValueError("both terms need operands")
     inputs, wide = more.values.shape[2], delta.shape[1] * right.shape[1]
     step = max(1, most // 4 // (wide * max(samples, left.shape[1])))
-    chunk = max(1, most // 4 // (step * wide))
+    chunk = _even(samples, most // 4 // (step * wide))
+    held = right.new_empty(min(chunk, samples), step, delta.shape[1], right.shape[1])  # for every round
     for start in range(0, many, step):
         stop = min(start + step, many)
         where = slice(rows.where.start + start, rows.where.start + stop)
         for first in range(0, samples, chunk):
-            some = slice(first, first + chunk)
-            values = rows.values[some, start:stop, :, None] * right[some, None, None]
+            some = slice(first, min(first + chunk, samples))
+            values = held[: some.stop - first, : stop - start]
+            torch.mul(rows.values[some, start:stop, :, None], right[some, None, None], out=values)
             values[..., :inputs].addcmul_(more.values[some, start:stop, None], delta[some, None, :, None])
             block = (left[some].T @ values.flatten(1)).reshape(-1, *values.shape[1:]).transpose(0, 1)
             _write(matrix, rows, columns, (where, 0), block, weight)
@@ -247,7 +251,7 @@ def _pairs(
         yield slice(0, many), left if right is None else right, inner, None
         return
     half = _half_of(inner[0], left.device) if own else None
-    chunk = max(1, most // max(1, inner.numel()))
+    chunk = _even(many, most // max(1, inner.numel() if half is None else len(half[0])))
     for start in range(0, many, chunk):
         some = slice(start, start + chunk)
         a, b = left[some], right[some]
@@ -256,6 +260,11 @@ def _pairs(
         else:
             i, j, packed = half
             yield some, a.index_select(1, i).mul_(b.index_select(1, j)), inner, packed
+
+
+def _even(many: int, most: int) -> int:
+    """Return how many of so many go into a round that takes `most`: a last round of few costs as many writes."""
+    return math.ceil(many / math.ceil(many / max(1, most))) if many else 1
 
 
 def _half_of(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
