@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.failures import RouteFailedError, succeeds
 from ..._runtime.agreement import worst_disagreement
 from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rows import plain
@@ -80,10 +80,10 @@ class RecordedBatch:
     def __init__(self, lin: Linearization) -> None:
         self.lin = lin
         (self.output,) = lin.outputs
-        try:
-            self._layers = LayerRows(lin, self.samples)
-        except RouteFailedError:  # whether torch takes any sweep, and why not, ordinary ones tell
-            self._layers = LayerRows(lin, self.samples, plainly=True)
+        found: list[LayerRows] = []
+        # Whether torch takes any sweep, and why not, ordinary ones tell.
+        swept = succeeds(lambda: found.append(LayerRows(lin, self.samples)))
+        self._layers = found[0] if swept else LayerRows(lin, self.samples, plainly=True)
         self.uses = self._layers.uses
 
     @property
