@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -554,3 +555,29 @@ def test_what_a_mode_of_the_caller_raises_surfaces_as_itself(name: str, mode: An
         with pytest.raises(Forbidden), mode:
             call()
         call()
+
+
+# ---- what has no values, and what cannot be copied -------------------------------------------------------------------
+
+OF_LOSSES: list[Callable[[nn.Module, Tensor], Any]] = [
+    lambda model, x: jacops.kronecker_factors(model, nn.functional.mse_loss, x, x[:, :2]),
+    lambda model, x: jacops.Problem(model, nn.functional.mse_loss, [(x, x[:, :2])]).ggn(),
+    lambda model, x: jacops.compute_influences(model, [(x, x[:, :2])], loss=nn.functional.mse_loss, damping=0.1),
+]
+
+
+@pytest.mark.parametrize("call", OF_LOSSES)
+def test_lazy_models_are_refused_by_calls_over_data_too(call: Callable[[nn.Module, Tensor], Any]) -> None:
+    with pytest.raises(jacops.errors.ModelStateError, match="'1' .LazyLinear. is lazy"):
+        call(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2)), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "jacobian"])
+def test_operators_over_a_graph_refuse_copies_in_words(kind: str, copier: Callable[[Any], Any]) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    given = (model, x) if kind == "jacobian" else (model, nn.functional.mse_loss, x, x[:, :2])
+    operator = getattr(jacops, kind)(*given)
+    with pytest.raises(jacops.errors.InputTypeError, match=f"graph of {kind}.*dense"):
+        copier(operator)
+    torch.testing.assert_close(copy.copy(operator).dense(), operator.dense())

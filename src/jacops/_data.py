@@ -287,7 +287,7 @@ def _batch_of(parts: tuple[Any, ...], name: str, number: int, data: Batches | No
     leaves = [(label, leaf) for label, part in (("x", x), ("y", y)) for leaf in flatten(part, label)[0]]
     arrays = [leaf for _, leaf in leaves if hasattr(leaf, "shape")]
     for label, leaf in leaves:
-        if isinstance(leaf, Tensor) and (label == "y" or data is not None):  # digests and losses of rows read them
+        if isinstance(leaf, Tensor):  # of which rows are taken
             check_dense(f"{label} in batch {number}", leaf)
     lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
     if len(lengths) != 1 or None in lengths:
