@@ -581,3 +581,41 @@ def test_operators_over_a_graph_refuse_copies_in_words(kind: str, copier: Callab
     with pytest.raises(jacops.errors.InputTypeError, match=f"graph of {kind}.*dense"):
         copier(operator)
     torch.testing.assert_close(copy.copy(operator).dense(), operator.dense())
+
+
+# ---- a backward whose own derivative is another one at a kink --------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A net with a PReLU, which torch differentiates otherwise at zero the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.gate, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gate(self.inner(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_inputs_of_a_prelu_that_become_zero_keep_the_slope_of_its_backward(before: int) -> None:
+    model, x, y = Gated(), torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 1, 0])
+    loss, v = nn.functional.cross_entropy, torch.randn(59).double()
+
+    def products() -> list[Tensor]:
+        J = jacops.jacobian(model, x)  # noqa: N806
+        return [J @ v, jacops.ggnvp(model, loss, x, y, v), jacops.Problem(model, loss, [(x, y)]).ggn() @ v]
+
+    for _ in range(before):
+        products()
+    with torch.no_grad():
+        model.inner.weight.zero_()
+        model.inner.bias.zero_()
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in model(x).reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])  # noqa: N806
+    H = torch.autograd.functional.hessian(lambda o: loss(o, y), model(x).detach()).reshape(15, 15)  # noqa: N806
+    for found, wanted in zip(products(), [J @ v, J.T @ H @ J @ v, J.T @ H @ J @ v], strict=True):
+        torch.testing.assert_close(found, wanted)
