@@ -414,6 +414,16 @@ refuse("a vector is on another device", of(3, v=torch.ones(3, device="meta").dou
        "`v` .. meta .. cpu")
 refuse("a vector is sparse", of(3, 3, v=torch.eye(3, dtype=F64).to_sparse()), "jvp, vjp", InputError,
        "`v` .. to_dense()")
+for name in ("coo", "csr"):
+    refuse(f"columns are sparse by {name}", lambda name=name: {"v": torch.eye(26, dtype=F64).to_sparse(
+           layout=getattr(torch, f"sparse_{name}"))}, f"hvp, {PRODUCTS}", InputError, f"`v` .. {name} .. to_dense()")
+refuse("a vector of all parameters is sparse", {"v": draw(26).to_sparse()}, f"hvp, {PRODUCTS}", InputError,
+       "`v` .. to_dense()")
+refuse("a vector of all parameters is nested", lambda: {"v": torch.nested.nested_tensor([draw(13), draw(13)],
+       layout=torch.jagged)},
+       "hvp, J @, H @", InputError, "`v` is nested .. to_padded_tensor")
+refuse("samples are sparse", {"x": X.to_sparse()}, "sample_gradients, influences", InputError, "x .. to_dense()")
+refuse("targets are sparse", {"y": Y.to_sparse()}, "sample_gradients, influences", InputError, "y .. to_dense()")
 for bad in (NAN, INF):
     vector = torch.where(torch.arange(26) == 17, bad, 1.0).double()
     parts = [f.reshape(p.shape) for f, p in zip(vector.split([12, 4, 8, 2]), VS, strict=True)]

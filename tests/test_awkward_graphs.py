@@ -100,6 +100,51 @@ def test_a_forward_that_spoils_its_own_graph_is_refused_in_words(call: str) -> N
             getattr(jacops, call)(*given, fallback="silent")
 
 
+class Counting(nn.Module):
+    """A net that writes into a buffer, by which it multiplied before, from some call on."""
+
+    factor: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.writes = nn.Linear(3, 4), nn.Linear(4, 2), False
+        self.register_buffer("factor", torch.full((4,), 2.0))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)) * self.factor
+        if self.writes:
+            self.factor.copy_(1 * self.factor)
+        return self.last(h)
+
+
+def factors_of(model: nn.Module, x: Tensor, kind: Any) -> Any:
+    return jacops.kronecker_factors(model, mse, x, x[:, :2], kind=kind)
+
+
+SPOILED: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "sample_gradients": lambda model, x: jacops.sample_gradients(model, mse, x, x[:, :2], fallback="silent"),
+    "sample_jacobians": lambda model, x: jacops.sample_jacobians(model, x, fallback="silent"),
+    "kronecker_factors of the GGN": lambda model, x: factors_of(model, x, "ggn"),
+    "kronecker_factors of labels": lambda model, x: factors_of(model, x, "empirical"),
+    "ggn": lambda model, x: jacops.linalg.diagonal(jacops.ggn(model, mse, x, x[:, :2])),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("call", SPOILED)
+def test_a_forward_that_begins_to_spoil_its_graph_is_refused_in_words(call: str, before: int, samples: int) -> None:
+    model, x = Counting(), torch.randn(samples, 3).double()
+    for _ in range(before):
+        SPOILED[call](model, x)
+    model.writes = True
+    for _ in range(2):
+        with pytest.raises(jacops.errors.NotDifferentiableError, match=f"{call.split()[0]}.*inplace"):
+            SPOILED[call](model, x)
+
+
 # ---- samples that are alike prove nothing about others ---------------------------------------------------------------
 
 

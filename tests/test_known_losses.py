@@ -117,6 +117,49 @@ def test_a_loss_that_changes_between_calls_is_followed(
     assert same_hessian or not torch.allclose(wanted[0], before[0])
 
 
+class Adjusted(nn.CrossEntropyLoss):
+    """Cross-entropy by values that its graph does not keep and that are not looked at among its attributes."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__(label_smoothing=0.1 if change == "weight" else 0.0)
+        self.change = change
+        self.held = SimpleNamespace(prior=torch.full((3,), 2.0), weight=torch.full((3,), 2.0), counted=7)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        target = torch.where(torch.arange(len(target)) < self.held.counted, target, -100)
+        scores, weight = input + self.held.prior, self.held.weight.to(input)
+        return cross_entropy(scores, target, weight=weight, label_smoothing=self.label_smoothing)
+
+
+@pytest.mark.parametrize("change", ["prior", "weight", "counted"])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_the_hessian_of_a_loss_of_the_users_is_compared_in_every_call(kind: str, change: str, batch: Batch) -> None:
+    model, x, y = batch
+    loss, later = Adjusted(change), {"prior": Tensor([3, 2, -1]), "weight": Tensor([2, 3, 5]), "counted": 3}
+    for _ in range(3):
+        factors(model, x, y, loss, kind)
+    vars(loss.held)[change] = later[change]
+    output = model(x).detach()
+    wanted = torch.autograd.functional.hessian(lambda o: loss(o, y), output)  # of a linear layer the second factor
+    for _ in range(2):
+        if kind == "ggn":
+            found = factors(model, x, y, loss, kind)[-2]
+            torch.testing.assert_close(found, torch.einsum("ncnd->cd", wanted))
+        elif change == "prior":  # a likelihood whose rows count alike
+            check_same(factors(model, x, y, loss, kind), factors(deepcopy(model), x, y, deepcopy(loss), kind))
+
+
+def test_smoothed_labels_that_begin_to_weigh_unequally_are_followed(batch: Batch) -> None:
+    model, x, y = batch
+    loss = nn.CrossEntropyLoss(weight=torch.full((3,), 2.0).double(), label_smoothing=0.3)
+    for _ in range(3):
+        factors(model, x, y, loss, "ggn")
+    loss.weight = torch.tensor([2.0, 3.0, 5.0]).double()
+    check_same(factors(model, x, y, loss, "ggn"), factors(deepcopy(model), x, y, deepcopy(loss), "ggn"))
+    hessian = torch.autograd.functional.hessian(lambda o: loss(o, y), model(x).detach())
+    torch.testing.assert_close(factors(model, x, y, loss, "ggn")[-2], torch.einsum("ncnd->cd", hessian))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_that_are_no_classes_are_refused_in_remembered_calls_too(kind: str, batch: Batch) -> None:
     model, x, y = batch

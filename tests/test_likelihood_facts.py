@@ -437,6 +437,56 @@ def test_jax_has_the_same_scale(reduction: Any) -> None:
         assert not problem(every[0][1]).ggn().positive
 
 
+class Rewritten(nn.CrossEntropyLoss):
+    """What torch's own class computes, in a class of the user's."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return super().forward(input, target)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (2, 4), (3, 3), (1,) * 6])
+@pytest.mark.parametrize(
+    "y", [[2, -100, 2, -100, 1, 0], [1, -100, 1, -100, 1, 0], [0, 1, 0, 2, 2, 0], [1, 1, 1, 0, 0, 0]]
+)
+def test_batches_whose_labels_are_alike_show_their_weights_too(y: list[int], sizes: tuple[int, ...]) -> None:
+    model, x, weight = settled(nn.Linear(5, 3)), draw(6, 5), torch.tensor([0.5, 2.0, 1.0]).double()
+    target = torch.tensor(y)
+    known = [i for i, label in enumerate(y) if label >= 0]
+    loss = nn.CrossEntropyLoss(weight=weight, reduction="none")
+    rows = [
+        torch.autograd.grad(loss(model(x[i : i + 1]), target[i : i + 1]).sum(), [*model.parameters()]) for i in known
+    ]
+    scores = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
+    wanted = scores.T @ scores / weight[target[known]].sum()
+    for loss in (nn.CrossEntropyLoss(weight=weight), Rewritten(weight=weight)):
+        batches = list(zip(x.split(list(sizes)), target.split(list(sizes)), strict=True))
+        problem = Problem(model, loss, batches)
+        close(problem.fisher("empirical").dense(), wanted)
+        close(fisher(model, loss, x, target, kind="empirical").dense(), wanted)
+        close(jacops.kronecker_factors(problem, kind="empirical")["weight"][0], wanted[-3:, -3:])
+        for kind in ("exact", "monte_carlo"):
+            with pytest.raises(InputError, match="loss"):
+                problem.fisher(kind).dense()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("y", [[1, 1], [0, 1]])
+def test_weights_of_classes_that_are_hidden_are_no_likelihood_in_few_rows(y: list[int]) -> None:
+    model, x, weight = settled(nn.Linear(5, 3)), draw(2, 5), torch.tensor([0.5, 2.0, 1.0]).double()
+    hidden = functools.partial(F.cross_entropy, weight=weight)
+    for kind in ("exact", "monte_carlo"):
+        with pytest.raises(InputError, match="likelihood"):
+            fisher(model, hidden, x, torch.tensor(y), kind=kind).dense()  # type: ignore[arg-type]
+    plain = functools.partial(F.cross_entropy, ignore_index=2)  # the class beside the only one that is present
+    close(fisher(model, plain, x, torch.tensor(y)).dense(), ggn(model, F.cross_entropy, x, torch.tensor(y)).dense())
+
+
+def test_small_weights_of_classes_are_no_mean_over_rows() -> None:
+    model, x, weight = settled(nn.Linear(5, 3)), draw(6, 5), torch.tensor([1.0, 1.001, 1.0]).double()
+    hidden = functools.partial(F.cross_entropy, weight=weight)
+    with pytest.raises(InputError, match="rows together"):
+        Problem(model, hidden, [(x, torch.tensor([0, 1, 2, 1, 1, 0]))]).gradient()
+
+
 def test_labels_that_are_not_needed_are_none_that_are_ignored() -> None:
     model, x = settled(Tokens(3)), draw(4, 5, 2)
     expected = fisher(model, nn.CrossEntropyLoss(), x).dense()

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -554,3 +555,67 @@ def test_what_a_mode_of_the_caller_raises_surfaces_as_itself(name: str, mode: An
         with pytest.raises(Forbidden), mode:
             call()
         call()
+
+
+# ---- what has no values, and what cannot be copied -------------------------------------------------------------------
+
+OF_LOSSES: list[Callable[[nn.Module, Tensor], Any]] = [
+    lambda model, x: jacops.kronecker_factors(model, nn.functional.mse_loss, x, x[:, :2]),
+    lambda model, x: jacops.Problem(model, nn.functional.mse_loss, [(x, x[:, :2])]).ggn(),
+    lambda model, x: jacops.compute_influences(model, [(x, x[:, :2])], loss=nn.functional.mse_loss, damping=0.1),
+]
+
+
+@pytest.mark.parametrize("call", OF_LOSSES)
+def test_lazy_models_are_refused_by_calls_over_data_too(call: Callable[[nn.Module, Tensor], Any]) -> None:
+    with pytest.raises(jacops.errors.ModelStateError, match="'1' .LazyLinear. is lazy"):
+        call(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(2)), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "jacobian"])
+def test_operators_over_a_graph_refuse_copies_in_words(kind: str, copier: Callable[[Any], Any]) -> None:
+    model, x = nn.Linear(3, 2), torch.randn(4, 3)
+    given = (model, x) if kind == "jacobian" else (model, nn.functional.mse_loss, x, x[:, :2])
+    operator = getattr(jacops, kind)(*given)
+    with pytest.raises(jacops.errors.InputTypeError, match=f"graph of {kind}.*dense"):
+        copier(operator)
+    torch.testing.assert_close(copy.copy(operator).dense(), operator.dense())
+
+
+# ---- a backward whose own derivative is another one at a kink --------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """A net with a PReLU, which torch differentiates otherwise at zero the second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.gate, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.PReLU(4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gate(self.inner(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_inputs_of_a_prelu_that_become_zero_keep_the_slope_of_its_backward(before: int) -> None:
+    model, x, y = Gated(), torch.randn(5, 4).double(), torch.tensor([0, 1, 2, 1, 0])
+    loss, v = nn.functional.cross_entropy, torch.randn(59).double()
+
+    def products() -> list[Tensor]:
+        J = jacops.jacobian(model, x)  # noqa: N806
+        return [J @ v, jacops.ggnvp(model, loss, x, y, v), jacops.Problem(model, loss, [(x, y)]).ggn() @ v]
+
+    for _ in range(before):
+        products()
+    with torch.no_grad():
+        model.inner.weight.zero_()
+        model.inner.bias.zero_()
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(o, parameters, retain_graph=True) for o in model(x).reshape(-1)]
+    J = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])  # noqa: N806
+    H = torch.autograd.functional.hessian(lambda o: loss(o, y), model(x).detach()).reshape(15, 15)  # noqa: N806
+    for found, wanted in zip(products(), [J @ v, J.T @ H @ J @ v, J.T @ H @ J @ v], strict=True):
+        torch.testing.assert_close(found, wanted)

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from ._checksums import checksum, is_apart
 from ._fetching import together
 from ._progress import track
+from ._requirements import check_dense
 from ._runtime.contexts import random_state_kept, random_states, refuse_transforms, set_random_states
 from ._runtime.restoring import restoring
 from ._shuffling import kind_of_random, without_shuffling
@@ -284,7 +285,11 @@ def only_batch(x: Any, y: Any, name: str) -> Batch:
 def _batch_of(parts: tuple[Any, ...], name: str, number: int, data: Batches | None) -> tuple[Batch, list[Any]]:
     """Return a batch of `(x, y)` or `(x, y, weights)`, and the arrays that it consists of."""
     x, y, weights = (*parts, None)[:3]
-    arrays = [leaf for part in (x, y) for leaf in flatten(part, "batch")[0] if hasattr(leaf, "shape")]
+    leaves = [(label, leaf) for label, part in (("x", x), ("y", y)) for leaf in flatten(part, label)[0]]
+    arrays = [leaf for _, leaf in leaves if hasattr(leaf, "shape")]
+    for label, leaf in leaves:
+        if isinstance(leaf, Tensor):  # of which rows are taken
+            check_dense(f"{label} in batch {number}", leaf)
     lengths = {leaf.shape[0] if len(leaf.shape) else None for leaf in arrays}
     if len(lengths) != 1 or None in lengths:
         came = f"giving lengths {sorted(map(str, lengths))} in batch {number}"

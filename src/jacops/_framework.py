@@ -38,6 +38,8 @@ def likelihood_at(model: Any, found: Any, losses: RowLosses, y: Any) -> Likeliho
     """Return the likelihood of a loss by its slopes at a recorded output of any framework, if it has one."""
     if is_framework_model(model):
         return model.likelihood(found, losses.loss, y)
+    if getattr(losses.loss, "weight", None) is not None and losses.counts_targets(y):
+        return None  # what labels weigh does not show in a batch of one
     return likelihood_of(losses.scalar, *output_leaves(found.output, aside=True), y)
 
 

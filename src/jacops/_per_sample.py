@@ -297,7 +297,6 @@ def _factors(
     create_graph: bool,
 ) -> LayerFactors:
     """Return the rows of a definition as an operator."""
-    check_state(structure)
     n = what.values[0].shape[0]
     if n == 0:
         return _no_rows(structure, what, options)
@@ -332,7 +331,7 @@ def checked_seed(randomness: Randomness, seed: int | None) -> int | None:
 
 
 def refuse_mixing_modules(structure: ModelStructure, random: bool = True) -> None:
-    """Refuse modules that make a per-sample quantity ill-posed in train mode.
+    """Refuse parameters without values, and modules that make a per-sample quantity ill-posed in train mode.
 
     Args:
         structure: Of a model in which no module mixes or randomises samples in its mode.
@@ -341,6 +340,7 @@ def refuse_mixing_modules(structure: ModelStructure, random: bool = True) -> Non
     Raises:
         ModelStateError: The message names the module and the switch to flip.
     """
+    check_state(structure)
     for name, module in structure.named_modules if any(structure.modes) else ():
         if not getattr(module, "training", False):  # a frozen script module has no mode
             continue

@@ -35,7 +35,9 @@ from .errors import InputError, InputTypeError, JacopsError, NonFiniteError, Not
 FEW_ROWS = 8
 _SPOT_ROWS = 2  # where a proof is only looked at again: the fewest that can be together
 _DIVIDED = 3  # rows by which it is computed how a loss divides: one that counts fewer labels, and two that do not
-_TOLERANCE = 1e-3  # a sum taken for a mean is off by a factor of the rows; the order of summation by some rounding
+# A sum taken for a mean is off by a factor of the rows, and weights of classes by any amount; the order of summation by
+# some rounding. In double precision part of it may still be that of single precision, of a loss that casts.
+_TOLERANCE, _IN_DOUBLE = 1e-3, 1e-5
 _ROUNDINGS = 16  # of low precisions, where rounding exceeds that
 
 
@@ -150,7 +152,8 @@ def _first_rows(objective: Any, batch: Batch) -> tuple[Any, Batch]:
 
 
 def _allowed(objective: Any) -> float:
-    return max(_TOLERANCE, _ROUNDINGS * torch.finfo(_computed_in(objective)).eps)
+    dtype = _computed_in(objective)
+    return _IN_DOUBLE if dtype is torch.float64 else max(_TOLERANCE, _ROUNDINGS * torch.finfo(dtype).eps)
 
 
 def _computed_in(objective: Any) -> torch.dtype:

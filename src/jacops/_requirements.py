@@ -33,6 +33,18 @@ def check_positive(name: str, value: Any) -> int:
     return value
 
 
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor whose entries are not laid out by strides: a sparse one, a nested one, one of another library.
+
+    Raises:
+        InputError: It is one.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        came = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
+        todo = "Call `.to_padded_tensor(0.0)` on it." if tensor.is_nested else "Call `.to_dense()` on it."
+        raise InputError.of(name, came, "it must be dense", todo)
+
+
 def check_number(name: str, value: Any) -> None:
     """Refuse what is not a positive finite number.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._requirements import check_dense
 from ._torch.protocol import AxisExplained, ModelRun, SampleTarget, Shared, rows_apart
 from ._trees import Tree
 from .errors import InputError
@@ -44,6 +45,8 @@ class SampleInputs:
             of = "x" if self.y is None else "x, y"
             todo = "Name those that have no axis of samples with `shared=`."
             raise InputError.of(of, f"of lengths {sorted(lengths)}", "all need one row per sample", todo)
+        for name, value in zip(tree.names, values, strict=True):
+            check_dense(name, value)
         return values, tree, len(rows_apart(self.x, "x", self.shared)[0])
 
     @property

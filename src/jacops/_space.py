@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._cached import cached_property
+from ._requirements import check_dense
 from ._saving import Savable
 from ._trees import is_dtensor
 from .errors import InputError, InputTypeError
@@ -161,6 +162,7 @@ class Space(Savable):
         """
         if not isinstance(rows, Tensor):
             raise InputTypeError.of(argument, f"a {type(rows).__name__}", "a tensor is needed")
+        check_dense(argument, rows)
         if rows.ndim != 2 or rows.shape[1] != self.dim:
             single = rows.ndim == 2 and len(rows) == 1  # a vector `(n,)` is one row here
             came = f"one vector of {rows.shape[1]} entries" if single else f"of shape {tuple(rows.shape)}"
@@ -191,8 +193,7 @@ class Space(Savable):
     def _check_one(self, tensor: Any, label: str, shape: torch.Size, dtype: torch.dtype, batch: bool) -> None:
         if not isinstance(tensor, Tensor):
             raise InputTypeError.of(label, f"a {type(tensor).__name__}", f"a tensor of shape {tuple(shape)} is needed")
-        if tensor.layout is not torch.strided:
-            raise InputError.of(label, f"of layout {tensor.layout}", "it must be dense", "Call `.to_dense()` on it.")
+        check_dense(label, tensor)
         wanted = f"(batch, {', '.join(map(str, shape))})" if batch else str(tuple(shape))
         came = tensor.shape[1:] if batch and tensor.ndim else tensor.shape
         if came != shape or (batch and not tensor.ndim):

@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from ._requirements import check_dense
 from .errors import InputError, InputTypeError, NotDifferentiableError, warn
 
 
@@ -229,8 +230,7 @@ def output_leaves(output: Any, name: str = "output", aside: bool = False) -> tup
             came = f"of dtype {leaf.dtype}"
             todo = "Return scores rather than labels, or pick another output with `outputs=`."
             raise NotDifferentiableError.of(path, came, "a derivative needs a floating-point output", todo)
-        if leaf.layout is not torch.strided:
-            raise InputError.of(path, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
+        check_dense(path, leaf)
     return leaves, tree
 
 

@@ -12,6 +12,7 @@ import torch
 from jax.core import Tracer
 from torch import Tensor
 
+from .._requirements import check_dense
 from ..errors import InputError, InputTypeError, NotDifferentiableError
 
 _TORCH = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -76,8 +77,8 @@ def to_jax(leaf: Any, name: str) -> Any:
     if isinstance(leaf, jax.Array):
         _check_precision(leaf.dtype, name)
         return leaf
-    if isinstance(leaf, Tensor) and leaf.layout is not torch.strided:
-        raise InputError.of(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
+    if isinstance(leaf, Tensor):
+        check_dense(name, leaf)
     array = to_numpy(leaf) if isinstance(leaf, Tensor) else leaf
     if not isinstance(array, np.ndarray | np.generic) or array.dtype.kind in "OSUMm":
         raise InputTypeError.of(name, f"a {type(leaf).__name__}", "an array is needed")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, final
 import torch
 from torch import Tensor
 
+from .._requirements import check_dense
 from ..errors import InputError, InputTypeError
 from ._graphs import without_graph
 from ._scipy import as_linear_operator
@@ -73,6 +74,7 @@ class Arithmetic(NotAnArray):
         """Apply the transpose: `v @ A` for a flat vector `(m,)` or rows `(k, m)`."""
         if not isinstance(other, Tensor):
             raise not_a_tensor(other, "left")
+        check_dense("v", other)
         if other.ndim not in (1, 2) or other.shape[-1] != self.codomain.dim:
             needed = f"its last axis needs {self.codomain.dim} entries: {self.codomain.layout}"
             raise InputError.of("v", f"of shape {tuple(other.shape)}", needed)

@@ -14,6 +14,7 @@ from .._display import Described, Description
 from .._finite import check_vector, is_finite
 from .._ladder.route import answer
 from .._progress import shows_progress, tick, track
+from .._requirements import check_dense
 from .._runtime.contexts import arithmetic, eager, keeping, out_of_inference
 from .._runtime.memory import Budget, ensure_fits, in_words
 from .._runtime.restoring import restoring
@@ -173,6 +174,7 @@ class Operator(Arithmetic, Savable, ABC, Described):
         return dict(zip(self.codomain.names, image, strict=True)) if isinstance(other, Mapping) else image
 
     def _of_tensor(self, other: Tensor) -> Any:
+        check_dense("v", other)
         if other.ndim not in (1, 2) or other.shape[0] != self.domain.dim:
             if self.domain.shapes == (other.shape,):  # the one array that there is, in its own shape
                 image = self._of_tree([other])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..._requirements import check_choice
+from ..._requirements import check_choice, check_dense
 from ..._runtime.contexts import out_of_inference
 from ..._trees import Tree, flatten, is_differentiable, is_dtensor
 from ..._words import Fallback
@@ -62,8 +62,7 @@ def check_params(params: Any, empty: bool = False, spread: bool = False) -> list
                 todo = "Make it outside torch.inference_mode(), or use the calls that take the model."
             came = f"a tensor {tuple(leaf.shape)} that does not require grad"
             raise InputError.of(name, came, "its uses must be recorded", todo)
-        if leaf.layout is not torch.strided:
-            raise InputError.of(name, f"of layout {leaf.layout}", "it must be dense", "Call `.to_dense()` on it.")
+        check_dense(name, leaf)
         seen[id(leaf)] = i
     return leaves
 

@@ -276,10 +276,48 @@ def _compared(slope: Slope, case: _Case, output: Tensor, y: Tensor) -> Likelihoo
     if kind == "categorical":  # a label that costs nothing where all classes are as likely is an ignored one
         real = slope(torch.zeros_like(output), y).abs().amax(axis).reshape(real.shape) > 0
     own = torch.nn.functional.pad(y[:, lag:], (0, lag)) if lag else y  # each prediction's
-    pairs: list[tuple[Tensor, Tensor]] = []
+    for classes in _choices(case, own, real.reshape(y.shape), output):
+        strength = _strength(slope, case, output, y, _Labels(own, real.reshape(y.shape), classes))
+        if strength is not None:
+            return Likelihood(kind, strength, real, axis)
+    return None
+
+
+class _Labels(NamedTuple):
+    """What other labels are made of.
+
+    Attributes:
+        own: The label of each prediction.
+        real: Which of them count.
+        classes: That they are taken from.
+    """
+
+    own: Tensor
+    real: Tensor
+    classes: Tensor
+
+
+def _choices(case: _Case, y: Tensor, real: Tensor, output: Tensor) -> list[Tensor]:
+    """Return classes to take labels from: those that are present, of which none may be the one that a loss ignores.
+
+    Where labels are all alike, as in a batch of one, weights of classes would not show: another class is taken too, and
+    still another one if that is the one that is ignored.
+    """
+    if case.kind != "categorical":
+        return [y]
+    present, many = y[real].unique(), output.shape[case.axis]
+    if len(present) != 1:
+        return [present]
+    others = dict.fromkeys((int(present) + more) % many for more in (1, 2))
+    return [torch.cat([present, torch.full_like(present, other)]) for other in others]
+
+
+def _strength(slope: Slope, case: _Case, output: Tensor, y: Tensor, given: _Labels) -> float | None:
+    """Return the one factor between slopes and the mean less the label; None where they differ otherwise."""
+    lag, pairs = case.lag, list[tuple[Tensor, Tensor]]()
     for i, reach in enumerate(_REACHES):
         at = output if i == 0 else output + private_noise(output, i)
-        labels, expected = _labels(case, at, own, real.reshape(y.shape), reach, i)
+        labels, expected = _labels(case, at, given, reach, i)
         labels = torch.cat([y[:, :lag], labels[:, : y.shape[1] - lag]], 1) if lag else labels
         pairs.append((slope(at, labels), expected))
     strength = float(sum((g * e).sum() for g, e in pairs)) / max(float(sum(e.square().sum() for _, e in pairs)), 1e-300)
@@ -287,11 +325,12 @@ def _compared(slope: Slope, case: _Case, output: Tensor, y: Tensor) -> Likelihoo
     agree = all(
         is_finite(g) and bool(((g - strength * e).abs() <= allowed * strength * e.abs().max()).all()) for g, e in pairs
     )
-    return Likelihood(kind, strength, real, axis) if strength > 0 and agree else None
+    return strength if strength > 0 and agree else None
 
 
-def _labels(case: _Case, at: Tensor, y: Tensor, real: Tensor, reach: float, seed: int) -> tuple[Tensor, Tensor]:
+def _labels(case: _Case, at: Tensor, given: _Labels, reach: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return other labels, and the mean less them at an output."""
+    y, real, classes = given
     if case.kind == "gaussian":
         noise = reach * private_noise(at, 10 + seed) * real
         return at + noise, -noise
@@ -299,10 +338,9 @@ def _labels(case: _Case, at: Tensor, y: Tensor, real: Tensor, reach: float, seed
         labels = (private_noise(at, 10 + seed) > 0).to(at)
         return labels, at.sigmoid() - labels
     axis = case.axis
-    present = y[real].unique()  # no class that may be the ignored one
-    if not present.numel():
+    if not classes.numel():
         return y, torch.zeros_like(at)
-    places = torch.randint(len(present), y.shape, generator=torch.Generator().manual_seed(10 + seed))
-    labels = torch.where(real, present[places.to(present.device)], y)
+    labels = y.clone()  # with all classes in turn: one that weighs otherwise shows only beside others
+    labels[real] = classes[(torch.arange(int(real.sum()), device=classes.device) + seed) % len(classes)]
     hot = torch.nn.functional.one_hot(torch.where(real, labels, 0).long(), at.shape[axis]).movedim(-1, axis).to(at)
     return labels, (at.softmax(axis) - hot) * real.unsqueeze(axis)

@@ -105,11 +105,16 @@ class SampleFactors:
         step = None if self.connected else self.what.store.known.get(_STEP)
         if step is None:
             return None
-        found: list[RecordedSamples] = []
-        if not succeeds(lambda: found.append(recorded(self.what, slice(0, min(step, self.count))))):
+        found: list[tuple[RecordedSamples, LayerRows]] = []
+
+        def record() -> None:
+            batch = recorded(self.what, slice(0, min(step, self.count)))
+            found.append((batch, LayerRows(batch.lin, batch.many)))
+
+        if not succeeds(record):
             return None  # it fails again where samples are taken as if nothing were known
-        batch, layers, proofs = found[0], LayerRows(found[0].lin, found[0].many), found[0].lin.proofs
-        self.first = batch, layers
+        batch, layers = self.first = found[0]
+        proofs = batch.lin.proofs
         output, form = proofs.known.get((_ALONE, self.what.call), (None, None))
         if form != form_of(layers) or is_new(batch.lin, self.what.call) or proofs.spot_due(_ALONE):
             return None

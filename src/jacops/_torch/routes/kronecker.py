@@ -15,14 +15,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..._ladder.failures import RouteFailedError
+from ..._ladder.failures import RouteFailedError, succeeds
 from ..._runtime.agreement import worst_disagreement
-from ..._runtime.contexts import private_noise
+from ..._runtime.contexts import must_surface, private_noise
 from ..._runtime.rows import plain
+from ...errors import JacopsError
 from ..layers.factors import LayerRows
 from ..layers.part import matrix_shape
 from ..layers.uses import ParameterUse
 from ..sweeps.linearization import Linearization
+from ..sweeps.weights import not_swept
 
 Form = Literal["outer", "lookup", "rows", "swept"]
 
@@ -78,7 +80,10 @@ class RecordedBatch:
     def __init__(self, lin: Linearization) -> None:
         self.lin = lin
         (self.output,) = lin.outputs
-        self._layers = LayerRows(lin, self.samples)
+        found: list[LayerRows] = []
+        # Whether torch takes any sweep, and why not, ordinary ones tell.
+        swept = succeeds(lambda: found.append(LayerRows(lin, self.samples)))
+        self._layers = found[0] if swept else LayerRows(lin, self.samples, plainly=True)
         self.uses = self._layers.uses
 
     @property
@@ -153,7 +158,8 @@ class RecordedBatch:
     def _noise(self) -> dict[ParameterUse, Tensor]:
         """Cotangents at all uses of weights and vectors, for noise at the output."""
         sites = [site for i, own in self.uses.items() if self._forms[i] in ({"outer"}, {"vector"}) for site in own]
-        return dict(zip(sites, self._layers.sweep([private_noise(self.output)], sites), strict=True))
+        (found,) = self._swept(private_noise(self.output).unsqueeze(0), sites)
+        return {site: own[0] for site, own in zip(sites, found, strict=True)}
 
     def _same_cotangents(self, weights: Sequence[ParameterUse], vectors: Sequence[ParameterUse]) -> bool:
         """Return whether vectors are added, multiplied by nothing, where the cotangents are those of weights."""
@@ -181,8 +187,16 @@ class RecordedBatch:
 
     def _at_sites(self, sites: Sequence[ParameterUse], seeds: Tensor) -> list[Tensor]:
         """Return the rows `(k, n, t, …)` at every site."""
-        found = list(self._layers.sweeps(seeds, sites))
+        found = self._swept(seeds, sites)
         return [own[0] if len(own) == 1 else _joined(own) for own in zip(*found, strict=True)]
+
+    def _swept(self, seeds: Tensor, sites: Sequence[ParameterUse]) -> list[list[Tensor]]:
+        try:
+            return list(self._layers.sweeps(seeds, sites))
+        except RuntimeError as error:
+            if must_surface(error) or isinstance(error, JacopsError):
+                raise
+            raise not_swept(self.lin.call, error, self.lin.graph_info.functions) from error
 
     def _gradients(
         self, group: Group, sites: Sequence[ParameterUse], deltas: Sequence[Tensor], seeds: Tensor

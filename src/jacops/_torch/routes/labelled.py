@@ -25,18 +25,22 @@ class KnownSoftmax:
         form: The Hessian.
         reduction: How the loss is taken to reduce rows.
         proofs: Of the loss's graph, recorded at the output; or of the model's.
+        lasting: It depends on nothing but scores, labels and weights, so that what was proved once holds.
         settings: Of torch's own cross-entropy, whose slopes and Hessian depend on nothing else.
     """
 
     form: Softmax
     reduction: str
     proofs: Proofs
+    lasting: bool
     settings: LabelSettings | None = None
 
     def is_due(self, what: Fact = Fact.SOFTMAX_OF_LABELS) -> bool:
-        """Return whether it has to be compared with products: it is not proved for this graph, or was long ago."""
-        due = self.proofs.needs(what, self.reduction, self.settings)
-        return due or (self.settings is None and self.proofs.spot_due(what))
+        """Return whether it has to be compared with products: it is not proved for this graph, or does not last.
+
+        A loss of the user's may add a prior to the scores, or leave out labels, by values that no graph keeps.
+        """
+        return not self.lasting or self.proofs.needs(what, self.reduction, self.settings)
 
     def proved(self, what: Fact = Fact.SOFTMAX_OF_LABELS) -> None:
         """Remember that it was compared."""
@@ -87,14 +91,15 @@ def softmax_of_labels(
         root = real.to(output)
         if losses.reduction == "mean":
             root *= root.sum(dtype=torch.float64).clamp_(min=1).rsqrt_()
-        return KnownSoftmax(Softmax(p, root, real), losses.reduction, proofs, settings)
+        return KnownSoftmax(Softmax(p, root, real), losses.reduction, proofs, True, settings)
     shares = losses.label_shares(y).reshape(places)
     factor = shares / shares.sum() if losses.reduction == "mean" else shares
     real = shares > 0 if counted is None else counted.reshape(shares.shape)
     root = factor.sqrt().to(output)
     if not is_finite(root):  # weights below zero have no roots
         return None
-    return KnownSoftmax(Softmax(p, root, real.to(output.device)), losses.reduction, proofs)
+    own = torch_loss(losses.loss) == "cross_entropy" and not getattr(losses.loss, "label_smoothing", 0)
+    return KnownSoftmax(Softmax(p, root, real.to(output.device)), losses.reduction, proofs, own)
 
 
 class RecordedLabels:

@@ -21,7 +21,7 @@ from ..._finite import is_finite
 from ..._ladder.names import Fact, Question, RouteName
 from ..._ladder.route import answer, answered
 from ..._progress import track
-from ..._requirements import check_positive
+from ..._requirements import check_dense, check_positive
 from ..._runtime.chunks import Chunks
 from ..._runtime.memory import Budget, given_tensors
 from ..._trees import Selector, hint_at_labels, is_differentiable
@@ -174,8 +174,7 @@ class Samples:
             if value.is_complex():
                 todo = "Pass torch.view_as_real(x) and rebuild it inside the model."
                 raise NotDifferentiableError.of(name, "complex", "a Jacobian by samples is real", todo)
-            if value.layout is not torch.strided:
-                raise InputError.of(name, f"of layout {value.layout}", "it must be dense", "Call `.to_dense()` on it.")
+            check_dense(name, value)
             if value.ndim == 0:
                 todo = "" if self.input_tree.single else _SHARED_TODO
                 raise InputError.of(name, "a scalar", "its first axis must run over samples", todo)

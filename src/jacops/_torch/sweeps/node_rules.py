@@ -235,6 +235,16 @@ def _convolved(node: Any, tangents: Tangents) -> list[Tensor | None]:
     return [_whole(node, moved, offset)]
 
 
+def _prelu(node: Any, tangents: Tangents) -> list[Tensor | None]:
+    """At zero, the derivative that torch has of this backward is another one than the backward itself."""
+    value, slope = tangents
+    at = node._saved_self
+    moved = None if value is None else torch.where(at > 0, value, value * node._saved_weight)
+    if slope is not None:
+        moved = _plus(moved, torch.where(at > 0, 0.0, at) * slope)
+    return [_whole(node, moved, None)]
+
+
 def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return left.mm(right) if total is None else torch.addmm(total, left, right)  # in place it has no batching rule
 
@@ -275,4 +285,5 @@ _WRITTEN_OUT: dict[str, Rule] = {
     "BmmBackward0": _bmm,
     "LinearBackward0": _linear,
     "ConvolutionBackward0": _convolved,
+    "PreluKernelBackward0": _prelu,
 }

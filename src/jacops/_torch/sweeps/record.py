@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -321,6 +322,20 @@ def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffect
         first.packs or second.packs,
         coarsest([first.coarse, second.coarse]),
     )
+
+
+def _refuse_copies(lin: Linearization) -> NoReturn:
+    """Refuse to copy or pickle what holds a graph, which torch can do neither of.
+
+    Raises:
+        InputTypeError: Always.
+    """
+    came = f"what holds the recorded graph of {lin.call}"
+    todo = "Call `dense()` first, or make it again where it is needed."
+    raise InputTypeError.of("the operator", came, "a graph can neither be copied nor pickled", todo)
+
+
+copyreg.pickle(Linearization, _refuse_copies)  # copies ask there too
 
 
 def _chosen(structure: ModelStructure, picks: Callable[[str, Tensor], bool] | None) -> dict[str, Tensor]:
