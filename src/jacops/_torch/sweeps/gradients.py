@@ -8,6 +8,7 @@ a constant loss), the size of that rounding is measured first.
 
 from __future__ import annotations
 
+import copyreg
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,9 @@ from ...errors import NotDifferentiableError
 from .gradient import Gradient
 from .graph import refuse_cut
 from .linearization import Linearization
-from .record import Recording
+from .record import Recording, refuse_copies
+
+copyreg.pickle(Gradient, refuse_copies)
 
 
 def gradient_linearization(found: Recording, call: str) -> Gradient:

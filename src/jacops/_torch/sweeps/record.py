@@ -324,7 +324,7 @@ def _joined(first: SideEffects | None, second: SideEffects | None) -> SideEffect
     )
 
 
-def _refuse_copies(lin: Linearization) -> NoReturn:
+def refuse_copies(lin: Linearization) -> NoReturn:
     """Refuse to copy or pickle what holds a graph, which torch can do neither of.
 
     Raises:
@@ -335,7 +335,7 @@ def _refuse_copies(lin: Linearization) -> NoReturn:
     raise InputTypeError.of("the operator", came, "a graph can neither be copied nor pickled", todo)
 
 
-copyreg.pickle(Linearization, _refuse_copies)  # copies ask there too
+copyreg.pickle(Linearization, refuse_copies)  # copies ask there too
 
 
 def _chosen(structure: ModelStructure, picks: Callable[[str, Tensor], bool] | None) -> dict[str, Tensor]:

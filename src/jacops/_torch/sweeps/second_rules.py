@@ -281,6 +281,23 @@ def _change_quotient(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, mov
     return (None if not needs[0] else left if turned is None else _plus(left, -turned)), right
 
 
+def _pull_prelu(node: Any, c: Tensor, needs: Needs) -> Parts:
+    above, at = node._saved_self > 0, node._saved_self
+    left = torch.where(above, c, c * node._saved_weight) if needs[0] else None
+    return left, torch.where(above, 0.0, c * at) if needs[1] else None
+
+
+def _change_prelu(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Any, needs: Needs) -> Parts:
+    value, slope = moving
+    left, right = (None, None) if dc is None else _pull_prelu(node, dc, needs)
+    below = c.masked_fill(node._saved_self > 0, 0.0)
+    if slope is not None and needs[0]:
+        left = _plus(left, below * slope)
+    if value is not None and needs[1]:
+        right = _plus(right, below * value)
+    return left, right
+
+
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 # Their backwards hold no value that moves, or only where entries are: maxima, masks, signs.
@@ -323,5 +340,6 @@ _RULES: dict[str, SecondRule] = {
     "BmmBackward0": _matrix_product("_saved_self", False, torch.bmm, torch.baddbmm),
     "ConvolutionBackward0": SecondRule(_pull_convolution, _change_convolution),
     "DivBackward0": SecondRule(_pull_quotient, _change_quotient, reads=True, spread=(0, 1)),
+    "PreluKernelBackward0": SecondRule(_pull_prelu, _change_prelu, spread=(1,)),
     "MulBackward0": SecondRule(_pull_product, _change_product, spread=(0, 1)),
 }
