@@ -164,6 +164,25 @@ def test_operations_without_a_rule_of_their_own_take_the_general_one(operation: 
     compare(Net(operation, after), squares, x, y)
 
 
+class Spread(nn.Module):
+    """Operations without a rule of their own, of weights that are broadcast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset, self.factor = nn.Parameter(torch.linspace(1, 2, 6)), nn.Parameter(torch.ones(1))
+        self.slope = nn.PReLU()
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return `(n, 6)`."""
+        return self.slope(torch.addcmul(self.offset, h, self.factor.sin(), value=0.5))
+
+
+def test_the_general_rule_sums_what_was_broadcast_once() -> None:
+    torch.manual_seed(0)
+    after = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh())], Spread()).to(F64)
+    compare(Net(torch.tanh, after), squares, x, y)
+
+
 class Images(nn.Module):
     """Convolutions of several kinds, pooling, and a layer after them."""
 

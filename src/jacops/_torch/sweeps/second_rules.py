@@ -81,7 +81,12 @@ def _differentiated(
         grads, seeds = [g for g, _ in bent], [t.to(g.dtype).expand(g.shape) for g, t in bent]
         found = iter(swept(grads, edges, seeds) if bent else [None] * len(edges))
     plain = _backward(node, dc, needs)
-    return [_plus(part, next(found)) if need else None for part, need in zip(plain, needs, strict=True)]
+    return [_plus_summed(part, next(found)) if need else None for part, need in zip(plain, needs, strict=True)]
+
+
+def _plus_summed(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    """Return the sum of what a node gave and of what the engine did, which sums over what was broadcast."""
+    return _plus(left if left is None or right is None else left.sum_to_size(right.shape), right)
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
