@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import NotDifferentiableError
 
@@ -193,6 +194,11 @@ def shows_all(info: GraphInfo, start: int) -> bool:
 _number = methodcaller("_sequence_nr")
 # Torch's counter of nodes is not public; without one it is not known what a graph shows.
 next_node: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr", lambda: -1)
+
+
+def next_hook() -> int:
+    """Return the number of the next hook of this process: no node shows its hooks, which torch counts."""
+    return RemovableHandle.next_id
 
 
 def parents_first(roots: Iterable[Any], ends: Collection[Any] = ()) -> list[Any]:

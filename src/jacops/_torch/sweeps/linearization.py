@@ -60,6 +60,7 @@ class Linearization:
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         protected: Tensors whose `.grad` a backward pass must leave as it is.
         plain: The graph is known to hold no custom Functions, without a walk over it.
+        hooked: Its forward registered hooks, which no graph shows: what is proved of it holds for this recording alone.
         pulls: Routes for many cotangents.
     """
 
@@ -89,7 +90,7 @@ class Linearization:
         self.store: ProofStore | None = None
         self.protected: Sequence[Tensor] = ()
         self.weights: Weights | None = None
-        self.sweeps, self.plain = 0, False
+        self.sweeps, self.plain, self.hooked = 0, False, False
         self._double_backward: DoubleBackward | None = None
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
@@ -97,9 +98,10 @@ class Linearization:
     @property
     def outputs(self) -> list[Tensor]:
         """What is differentiated."""
-        if callable(self._outputs):
-            self._outputs = list(self._outputs())
-        return self._outputs
+        found = self._outputs  # read once: another thread may be recording, too
+        if callable(found):
+            found = self._outputs = list(found())
+        return found
 
     @property
     def codomain(self) -> Space:
@@ -137,7 +139,7 @@ class Linearization:
 
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
-        self.proofs = proofs
+        self.proofs = proofs.forgotten() if self.hooked else proofs
         effects = proofs.effects
         if effects is not None and effects.coarse is not None:
             self._coarse.append(effects.coarse)
@@ -169,6 +171,7 @@ class Linearization:
     def depend_on(self, lin: Linearization, aliased: tuple[tuple[int, Tensor], ...]) -> None:
         """Take over what is known of another one, from the same point."""
         self.proofs, self.protected, self.weights, self.aliased_leaves = lin.proofs, lin.protected, lin.weights, aliased
+        self.hooked = lin.hooked
         self._coarse += [*lin._coarse, *lin.domain.dtypes, *[o.dtype for o in lin.outputs]]
 
     @property
@@ -183,11 +186,9 @@ class Linearization:
 
     def is_connected(self) -> bool:
         """Return whether a path leads from an output to any leaf, as far as a walk over the graph can see."""
-        known = self.graph_info
-        for target in (*self.leaves, *[t for _, t in self.aliased_leaves]):
-            if id(target) in known.leaves or (target.grad_fn is not None and target.grad_fn in known.nodes):
-                return True
-        return known.reentrant
+        known, targets = self.graph_info, [*self.leaves, *[t for _, t in self.aliased_leaves]]
+        made = any(id(t) in known.leaves or (t.grad_fn is not None and t.grad_fn in known.nodes) for t in targets)
+        return made or known.reentrant
 
     # ---- one backward pass -----------------------------------------------------------------------------------
 

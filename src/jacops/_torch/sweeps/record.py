@@ -24,7 +24,7 @@ from ..model.inputs import ForwardExplained, check_fallback, check_params, input
 from ..model.loss_facts import torch_loss
 from ..model.replica import Replica, replica_of
 from ..model.structure import ModelStructure, PlainFunction, check_state, structure_by_inputs, structure_of
-from .graph import reaches
+from .graph import next_hook, reaches
 from .linearization import Linearization
 from .proofs import KeptProofs, ProofStore, identity_key, store_for
 from .watched import watched
@@ -195,13 +195,14 @@ class ModelRun:
                 copied, inputs = private_inputs(*self.given, self.connected)
         plain = effects.plain and not self.connected
         with recording(pulled=self._pulled, watch=watch, plain=plain), watching, written:
-            before, hidden = self._forward(replica, copied)
+            before, hidden, first = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
+            hooked = next_hook() != first
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
         named = {"leaf_names": names, "output_names": tree.names, "domain": self._domain(names)}
         lin = Linearization(leaves, outputs, **named, call=self.call, private=True, fallback=self.fallback)
-        lin.weights = self.weights
+        lin.weights, lin.hooked = self.weights, hooked
         lin.protected = self.structure.trainable
         self.store.domain = lin.domain if self.chosen else None
         # The caller's own parameter in the graph of a private copy: something outside the module holds it.
@@ -220,16 +221,17 @@ class ModelRun:
         training, connected = self.training, self.connected
         return replica_of(self.structure, wrt, training=training, connected=connected, cloned=cloned, copies=copies)
 
-    def _forward(self, replica: Replica, copied: Any) -> tuple[Any, list[Tensor]]:
-        """Return the output for a copy of the input, and the leaves inside of the model."""
+    def _forward(self, replica: Replica, copied: Any) -> tuple[Any, list[Tensor], int]:
+        """Return the output for a copy of the input, the leaves inside, and the number of the first hook it makes."""
         for name, change in (self.shift or {}).items():
             replica.parameters[name].data = replica.originals[name].detach() + change
-        hooked = Cut(replica.module, self.at, self.connected)
+        cut = Cut(replica.module, self.at, self.connected)
         args, kwargs = split_input(copied)
         tensors = [t for t in self.given[0] if isinstance(t, Tensor)]
-        with hooked.active(), ForwardExplained(self.structure.model, tensors):
-            output = hooked.result(replica(args, kwargs))
-        return select(output, self.outputs), hooked.leaves
+        with cut.active(), ForwardExplained(self.structure.model, tensors):
+            first = next_hook()
+            output = cut.result(replica(args, kwargs))
+        return select(output, self.outputs), cut.leaves, first
 
     def _domain(self, names: Sequence[str]) -> Space | None:
         """Return the space of the chosen parameters, where an earlier run had the same: the store's key has shapes."""
@@ -276,10 +278,12 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
     def record(effects: SideEffects, watch: SideEffectWatch | None) -> tuple[Recording, Linearization]:
         if effects.writes and watch is not None:  # seen now, of this part alone; what is known is of both parts
             raise ModelStateError.of("loss", "writing into the model's parameters", "it must leave them alone")
+        first = next_hook()
         with recording(), watch or nullcontext():
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
         further = lin.to(flat, tree.names, call)
+        further.hooked = lin.hooked or next_hook() != first
         return Recording(further, tree, output, found.inputs, found.before, found.by_inputs), further
 
     result = watched(own, record, lin.protected)
@@ -298,6 +302,7 @@ def record_at_outputs(
     With `connected` its derivatives can be differentiated by what is before it.
     """
     lin, plain = found.lin, torch_loss(purpose) is not None  # torch's losses use no kernel that a recording replaces
+    first = next_hook()
     with recording(plain=plain and not connected, advance=True):
         kept = [connected and output.requires_grad for output in lin.outputs]
         pairs = zip(lin.outputs, kept, strict=True)
@@ -306,6 +311,7 @@ def record_at_outputs(
     tensors, tree = output_leaves(value)
     inner, outer_names = found.tree.names, tree.names
     outer = Linearization(leaves, tensors, leaf_names=inner, output_names=outer_names, call=call, private=True)
+    outer.hooked = next_hook() != first
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.proofs.checks), SideEffects())
     return Recording(outer, tree, value)

@@ -20,7 +20,7 @@ from ..._ladder.failures import RouteFailedError
 from ..._runtime.contexts import sweeping
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows
-from .graph import GraphInfo, parents_first
+from .graph import parents_first
 from .node_rules import Rule, TransposedBackward, rule_for
 from .nodewise import quiet_loops
 from .second_rules import Needs, Parts, SecondRule, second_rule, transposed
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # Share of the nodes that may lack a rule of their own: torch's derivative of one node takes 30 to 40 µs, a second
 # backward pass about 10 µs for each (nets of three linear layers).
 _UNWRITTEN = 0.25
+
+
+Shapes = Sequence[tuple[int, Sequence[int]]]
 
 
 class _Push(NamedTuple):
@@ -48,7 +51,7 @@ class _Pull(NamedTuple):
         needs: Which of these have a derivative.
         inner: Which of them are nodes themselves, and so need a cotangent besides its change.
         rule: How cotangents pass it.
-        shapes: What its cotangents are summed to, where inputs were broadcast.
+        spread: Inputs that may have been broadcast, with a leaf's shape; None for a node's, which data may decide.
     """
 
     place: int
@@ -56,24 +59,22 @@ class _Pull(NamedTuple):
     needs: Needs
     inner: Needs
     rule: SecondRule
-    shapes: tuple[tuple[int, torch.Size], ...]
+    spread: tuple[tuple[int, torch.Size | None], ...]
 
 
 @dataclass(frozen=True)
 class SecondPlan:
-    """The order in which tangents go forward, and cotangents back: the same for every graph of one wiring and sizes.
+    """The order in which tangents go forward, and cotangents back: the same for every graph of one wiring.
 
     Attributes:
         leaves: The place of each leaf, -1 where no path leads to it.
         pushes: The nodes that tangents have to go through.
         pulls: The nodes that cotangents go through, the last one first.
-        inner: Those of them that pass cotangents on to other nodes.
     """
 
     leaves: tuple[int, ...]
     pushes: tuple[_Push, ...]
     pulls: tuple[_Pull, ...]
-    inner: tuple[_Pull, ...]
 
 
 def leaf_places(lin: Linearization) -> tuple[int, ...]:
@@ -104,8 +105,7 @@ def second_plan(lin: Linearization, leaves: tuple[int, ...]) -> SecondPlan:
         raise RouteFailedError("an operation without a rule of its own, whose inputs depend on each other")
     if sum(not rule.written for rule in rules) > _UNWRITTEN * len(rules):
         raise RouteFailedError("too many operations without a rule of their own")
-    pulls = _pulls(made, rules, info, set(leaves))
-    return SecondPlan(leaves, _pushes(made, rules), pulls, tuple([pull for pull in pulls if True in pull.inner]))
+    return SecondPlan(leaves, _pushes(made, rules), _pulls(made, rules, set(leaves)))
 
 
 def _check(node: Any, lin: Linearization) -> None:
@@ -142,19 +142,16 @@ def _pushes(made: list[tuple[int, Any, tuple[int, ...]]], rules: list[SecondRule
 
 
 def _pulls(
-    made: list[tuple[int, Any, tuple[int, ...]]], rules: list[SecondRule], info: GraphInfo, leaves: set[int]
+    made: list[tuple[int, Any, tuple[int, ...]]], rules: list[SecondRule], leaves: set[int]
 ) -> tuple[_Pull, ...]:
     found = []
     for (place, node, sources), rule in zip(reversed(made), reversed(rules), strict=True):
-        own, shapes = node._input_metadata[0].shape, list[tuple[int, torch.Size]]()
-        for i in (i for i in rule.spread if i < len(sources) and sources[i] >= 0):
-            parent, _ = node.next_functions[i]
-            shape = parent.variable.shape if sources[i] in leaves else parent._input_metadata[0].shape
-            if shape != own or not rule.written:
-                shapes.append((i, shape))
+        parents = [parent for parent, _ in node.next_functions]
         needs = tuple([source >= 0 for source in sources])
         inner = tuple([source >= 0 and source not in leaves for source in sources])
-        found.append(_Pull(place, sources, needs, inner, rule, tuple(shapes)))
+        moved = [i for i in rule.spread if i < len(sources) and needs[i]]
+        spread = tuple([(i, None if inner[i] else parents[i].variable.shape) for i in moved])
+        found.append(_Pull(place, sources, needs, inner, rule, spread))
     return tuple(found)
 
 
@@ -168,6 +165,7 @@ class HessianByNodes:
 
     def __init__(self, lin: Linearization, plan: SecondPlan) -> None:
         self._plan, self._nodes = plan, list(lin.graph_info.nodes)
+        self._pulls = [(pull, self._shapes(pull) if pull.spread else ()) for pull in plan.pulls]
         self._cotangents: list[Tensor | None] | None = None  # of every node, which products share
 
     @property
@@ -188,10 +186,14 @@ class HessianByNodes:
     def _of_parts(self, leaves: Sequence[Tensor], *direction: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._product(direction, leaves))
 
+    def _shapes(self, pull: _Pull) -> Shapes:
+        """Return what a node's cotangents are summed to: no plan knows the sizes that a mask left of a tensor."""
+        return tuple([(i, _shape(self._nodes[pull.sources[i]]) if s is None else s) for i, s in pull.spread])
+
     def _product(self, direction: Sequence[Tensor], leaves: Sequence[Tensor]) -> Rows:
         nodes, moved, cotangents = self._nodes, self._pushed(direction), self._cotangents or []
         changes: list[Tensor | None] = [None] * (len(nodes) + 1)
-        for place, sources, needs, _, rule, shapes in self._plan.pulls:
+        for (place, sources, needs, _, rule, _), shapes in self._pulls:
             c, dc = cotangents[place], changes[place]
             if c is not None and (dc is not None or rule.bends):
                 tangents = [moved[source] for source in sources]
@@ -213,18 +215,22 @@ class HessianByNodes:
         """Return the cotangents of all nodes."""
         found: list[Tensor | None] = [None] * (len(self._nodes) + 1)
         found[self._plan.pulls[0].place] = seed
-        for place, sources, _, inner, rule, shapes in self._plan.inner:
+        for (place, sources, _, inner, rule, _), shapes in self._pulls:
             c = found[place]
-            if c is not None:
+            if c is not None and True in inner:
                 _collect(found, sources, rule.pull(self._nodes[place], c, inner), shapes, inner)
         return found
+
+
+def _shape(node: Any) -> Sequence[int]:
+    return node._input_metadata[0].shape
 
 
 def _collect(
     total: list[Tensor | None],
     sources: tuple[int, ...],
     parts: Parts,
-    shapes: tuple[tuple[int, torch.Size], ...],
+    shapes: Shapes,
     wanted: Needs = (),
 ) -> None:
     """Add what a node gives its sources to what they have."""

@@ -151,7 +151,7 @@ def _of_silu(node: Any, moving: Tensor, moved: Any) -> Tensor:
 def _of_softplus(node: Any, moving: Tensor, moved: Any) -> Tensor:
     scaled = node._saved_self * node._saved_beta
     s = scaled.sigmoid()
-    return torch.where(scaled > node._saved_threshold, 0, s * (1 - s)) * node._saved_beta * moving
+    return torch.where(scaled < node._saved_threshold, s * (1 - s), 0) * node._saved_beta * moving
 
 
 def _of_logsigmoid(node: Any, moving: Tensor, moved: Any) -> Tensor:
@@ -161,7 +161,7 @@ def _of_logsigmoid(node: Any, moving: Tensor, moved: Any) -> Tensor:
 
 def _of_elu(node: Any, moving: Tensor, moved: Tensor) -> Tensor:
     value = node._saved_self if node.name() == _OF_VALUE else node._saved_result  # negative together
-    return torch.where(value > 0, 0, moved) * node._saved_input_scale
+    return torch.where(value < 0, moved, 0) * node._saved_input_scale  # at zero, where it may bend, torch gives none
 
 
 # ---- operations on rows --------------------------------------------------------------------------------------------
@@ -303,12 +303,12 @@ def _change_prelu(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved:
 # Their backwards hold no value that moves, or only where entries are: maxima, masks, signs.
 _SAME = """
     AdaptiveAvgPool2D0 Abs0 Alias0 AvgPool2D0 Cat0 Clamp1 Clone0 ConstantPadNd0 Cumsum0 Diagonal0 Div1 Expand0 Flip0
-    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaskedFill0 MaxPool2DWithIndices0 Mean0 Mean1 Mul1
+    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaxPool2DWithIndices0 Mean0 Mean1 Mul1
     Neg0 NllLoss0 NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2
     Stack0 Sum0 Sum1 T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
 """
 _OF_VALUE = "EluBackward0"
-_SPREAD = "Add0 Rsub1 Sub0 Where0"
+_SPREAD = "Add0 MaskedFill0 Rsub1 Sub0 Where0"
 _RULES: dict[str, SecondRule] = {
     **dict.fromkeys((f"{n[:-1]}Backward{n[-1]}" for n in _SAME.split()), SecondRule(_backward, _moved_on, bends=False)),
     **dict.fromkeys(
@@ -334,7 +334,7 @@ _RULES: dict[str, SecondRule] = {
     "EluBackward1": _entrywise(_of_elu),
     "LogSoftmaxBackward0": SecondRule(_backward, _of_log_softmax, reads=True),
     "SoftmaxBackward0": SecondRule(_backward, _of_softmax, reads=True),
-    "MseLossBackward0": SecondRule(_backward, _of_mse),
+    "MseLossBackward0": SecondRule(_backward, _of_mse, spread=(0, 1)),
     "MmBackward0": _matrix_product("_saved_self", False, torch.mm, torch.addmm),
     "AddmmBackward0": _matrix_product("_saved_mat1", True, torch.mm, torch.addmm),
     "BmmBackward0": _matrix_product("_saved_self", False, torch.bmm, torch.baddbmm),
