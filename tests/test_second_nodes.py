@@ -102,6 +102,8 @@ ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "selu": F.selu,
     "relu": lambda t: F.relu(t).tanh(),
     "leaky": lambda t: F.leaky_relu(t).tanh(),
+    "leaky in place": lambda t: F.leaky_relu_(t * 1.5).tanh(),
+    "threshold in place": lambda t: F.threshold_(t * 1.5, 0.1, 0.2).tanh(),
     "hardtanh": lambda t: F.hardtanh(t).tanh(),
     "threshold": lambda t: F.threshold(t, 0.1, 0.2).tanh(),
     "abs": lambda t: t.abs().tanh(),
@@ -143,44 +145,12 @@ OF_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled offset": lambda t: torch.addmm(t, t @ t.mT, t.tanh(), beta=0.5, alpha=2.0),
     "offset, spread": lambda t: torch.addmm(t.sum(0), t.tanh(), torch.eye(6, dtype=F64) * 0.3),
 }
-GENERAL: dict[str, Callable[[Tensor], Tensor]] = {
-    "layer norm": lambda t: F.layer_norm(t, (6,)),
-    "norm": lambda t: t / t.norm(dim=1, keepdim=True),
-    "two inputs": lambda t: torch.lerp(t, t.new_ones(6), 0.3) + torch.hypot(t, t.new_ones(6)),
-    "logsumexp": lambda t: t - torch.logsumexp(t, 1, keepdim=True),
-    "mish": F.mish,
-}
 
 
 @pytest.mark.parametrize("operation", [*ENTRYWISE.values(), *OF_ROWS.values()], ids=[*ENTRYWISE, *OF_ROWS])
 @pytest.mark.parametrize("loss", ["squares", "labels"])
 def test_operations_have_the_second_derivative_of_two_sweeps(operation: Callable[[Tensor], Tensor], loss: str) -> None:
     compare(Net(operation), *((squares, x, y) if loss == "squares" else (F.cross_entropy, x, labels)))
-
-
-@pytest.mark.parametrize("operation", GENERAL.values(), ids=GENERAL)
-def test_operations_without_a_rule_of_their_own_take_the_general_one(operation: Callable[[Tensor], Tensor]) -> None:
-    after = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh())]).to(F64)
-    compare(Net(operation, after), squares, x, y)
-
-
-class Spread(nn.Module):
-    """Operations without a rule of their own, of weights that are broadcast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset, self.factor = nn.Parameter(torch.linspace(1, 2, 6)), nn.Parameter(torch.ones(1))
-        self.slope = nn.PReLU()
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Return `(n, 6)`."""
-        return self.slope(torch.addcmul(self.offset, h, self.factor.sin(), value=0.5))
-
-
-def test_the_general_rule_sums_what_was_broadcast_once() -> None:
-    torch.manual_seed(0)
-    after = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(6, 6), nn.Tanh())], Spread()).to(F64)
-    compare(Net(torch.tanh, after), squares, x, y)
 
 
 class Images(nn.Module):
@@ -219,6 +189,27 @@ def test_convolutions(pool: nn.Module, transposed: bool, groups: int) -> None:
     compare(Images(pool, transposed, groups), F.cross_entropy, images, labels)
 
 
+class Words(nn.Module):
+    """A table of words, and a layer."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(4, 5, dtype=F64, **options), nn.Linear(5, 3, dtype=F64)
+
+    def forward(self, words: Tensor) -> Tensor:
+        """Return `(n, 3)`."""
+        return self.last(torch.tanh(self.table(words)).sum(1))
+
+
+WORDS = torch.tensor([[0, 0], [1, 3], [3, 3], [2, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_words(padding: int | None) -> None:
+    torch.manual_seed(0)
+    compare(Words(padding_idx=padding), F.cross_entropy, WORDS, labels)
+
+
 def test_labels_of_pixels_and_texts() -> None:
     torch.manual_seed(0)
     pixels = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 3, 1)).to(F64)
@@ -251,7 +242,10 @@ def test_every_rule_is_compared_here() -> None:
     images = [Images(pool, False, 1) for pool in POOLS]
     data, pixels = torch.randn(5, 2, 7, 7, dtype=F64), nn.Conv2d(2, 3, 3).to(F64)
     made = [F.cross_entropy(model(data), labels) for model in images]
-    made += [F.cross_entropy(pixels(data), torch.zeros(5, 5, 5, dtype=torch.long))]
+    made += [
+        F.cross_entropy(Words()(WORDS), labels),
+        F.cross_entropy(pixels(data), torch.zeros(5, 5, 5, dtype=torch.long)),
+    ]
     made += [squares(Net(operation)(x), y) for operation in [*ENTRYWISE.values(), *OF_ROWS.values()]]
     made += [loss(Net(torch.tanh)(x), target) for loss, target in LOSSES.values()]
     seen = {node.name() for loss in made for node in inspect_graph([loss]).nodes}
@@ -500,8 +494,8 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "a checkpoint": lambda t: checkpoint(torch.tanh, t, use_reentrant=False),  # pyright: ignore[reportReturnType]
     "two dtypes": lambda t: t.float().tanh().double(),
     "complex": lambda t: torch.fft.fft(t).abs(),
-    "inputs that depend on each other": lambda t: torch.hypot(t.tanh(), t),
-    "an input twice": lambda t: torch.hypot(t, t),
+    "an operation without a rule": lambda t: torch.hypot(t.tanh(), t),
+    "a norm": lambda t: F.layer_norm(t, (6,)),
     "several outputs": lambda t: torch.cat(t.tanh().split(3, 1)[::-1], 1),
 }
 

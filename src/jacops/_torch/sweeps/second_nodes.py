@@ -28,11 +28,6 @@ from .second_rules import Needs, Parts, SecondRule, second_rule, transposed
 if TYPE_CHECKING:
     from .linearization import Linearization
 
-# Share of the nodes that may lack a rule of their own: torch's derivative of one node takes 30 to 40 µs, a second
-# backward pass about 10 µs for each (nets of three linear layers).
-_UNWRITTEN = 0.25
-
-
 Shapes = Sequence[tuple[int, Sequence[int]]]
 
 
@@ -101,29 +96,16 @@ def second_plan(lin: Linearization, leaves: tuple[int, ...]) -> SecondPlan:
             moving.add(info.nodes[node])
             made.append((info.nodes[node], node, sources))
     rules = [second_rule(node) for _, node, _ in made]
-    if any(not rule.written and _entangled(node) for (_, node, _), rule in zip(made, rules, strict=True)):
-        raise RouteFailedError("an operation without a rule of its own, whose inputs depend on each other")
-    if sum(not rule.written for rule in rules) > _UNWRITTEN * len(rules):
-        raise RouteFailedError("too many operations without a rule of their own")
     return SecondPlan(leaves, _pushes(made, rules), _pulls(made, rules, set(leaves)))
 
 
 def _check(node: Any, lin: Linearization) -> None:
     """Refuse nodes with several outputs, and numbers that are not of the leaves' one kind."""
-    name, dtype = node.name(), lin.leaves[0].dtype
-    if "::" in name or len(node._input_metadata) != 1 or any(number for _, number in node.next_functions):
-        raise RouteFailedError(f"no rule for {name}")
+    dtype = lin.leaves[0].dtype
+    if len(node._input_metadata) != 1 or any(number for _, number in node.next_functions):
+        raise RouteFailedError(f"no rule for {node.name()}")
     if node._input_metadata[0].dtype != dtype or node._input_metadata[0].is_nested_tensor:
         raise RouteFailedError("tensors of several dtypes")
-
-
-def _entangled(node: Any) -> bool:
-    """Return whether one input of a node was computed from another: then torch's derivative by one is by both."""
-    parents = [parent for parent, _ in node.next_functions if parent is not None]
-    if len(parents) == 1:
-        return False
-    behind = [set(parents_first([parent])) - {parent} for parent in parents]
-    return len(set(parents)) < len(parents) or any(parent in others for parent in parents for others in behind)
 
 
 def _pushes(made: list[tuple[int, Any, tuple[int, ...]]], rules: list[SecondRule]) -> tuple[_Push, ...]:
