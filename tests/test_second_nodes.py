@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import jacops
 from cases import F64
 from jacops._ladder.names import Question
+from jacops._runtime import engine
 from jacops._torch.sweeps import second_rules
 from jacops._torch.sweeps.graph import inspect_graph
+from jacops._torch.sweeps.second_nodes import HessianByNodes
 from jacops._torch.sweeps.second_rules import SecondRule
 
 Loss = Callable[[Any, Any], Tensor]
@@ -189,27 +191,6 @@ def test_convolutions(pool: nn.Module, transposed: bool, groups: int) -> None:
     compare(Images(pool, transposed, groups), F.cross_entropy, images, labels)
 
 
-class Words(nn.Module):
-    """A table of words, and a layer."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.table, self.last = nn.Embedding(4, 5, dtype=F64, **options), nn.Linear(5, 3, dtype=F64)
-
-    def forward(self, words: Tensor) -> Tensor:
-        """Return `(n, 3)`."""
-        return self.last(torch.tanh(self.table(words)).sum(1))
-
-
-WORDS = torch.tensor([[0, 0], [1, 3], [3, 3], [2, 0], [1, 1]])
-
-
-@pytest.mark.parametrize("padding", [None, 3])
-def test_words(padding: int | None) -> None:
-    torch.manual_seed(0)
-    compare(Words(padding_idx=padding), F.cross_entropy, WORDS, labels)
-
-
 def test_labels_of_pixels_and_texts() -> None:
     torch.manual_seed(0)
     pixels = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Conv2d(3, 3, 1)).to(F64)
@@ -243,7 +224,6 @@ def test_every_rule_is_compared_here() -> None:
     data, pixels = torch.randn(5, 2, 7, 7, dtype=F64), nn.Conv2d(2, 3, 3).to(F64)
     made = [F.cross_entropy(model(data), labels) for model in images]
     made += [
-        F.cross_entropy(Words()(WORDS), labels),
         F.cross_entropy(pixels(data), torch.zeros(5, 5, 5, dtype=torch.long)),
     ]
     made += [squares(Net(operation)(x), y) for operation in [*ENTRYWISE.values(), *OF_ROWS.values()]]
@@ -319,6 +299,31 @@ def test_products_in_other_modes_and_threads() -> None:
     assert len(found) == 60
     for product in found:
         torch.testing.assert_close(product, expected)
+
+
+def test_an_interrupt_or_an_error_inside_of_a_batch_leaves_no_level_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, t = Net(torch.tanh), torch.ones(2, 3)
+    H = jacops.hessian(model, squares, x, y)
+    V = torch.randn(H.domain.dim, 3, dtype=F64)
+    expected = H @ V
+    plain, fails = HessianByNodes._product, [KeyboardInterrupt("stop"), RuntimeError("refused")]
+
+    def failing(*args: Any) -> Any:
+        plain(*args)
+        raise fails.pop(0)
+
+    monkeypatch.setattr(HessianByNodes, "_product", failing)
+    with pytest.raises(KeyboardInterrupt):
+        H @ V
+    assert torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(H @ V, expected)
+    assert torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+    torch.testing.assert_close(torch.func.vmap(torch.sin)(t), t.sin())
+
+
+def test_batches_without_torchs_private_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_maps", False)
+    compare(Net(torch.tanh), squares, x, y)
 
 
 def test_a_result_is_the_callers_own() -> None:

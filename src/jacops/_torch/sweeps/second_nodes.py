@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import mapped
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows
 from .graph import parents_first
@@ -158,11 +158,8 @@ class HessianByNodes:
             if self._cotangents is None:
                 self._cotangents = self._pulled(torch.ones_like(lin.outputs[0]))
             if together:
-                return list(torch.func.vmap(partial(self._of_parts, lin.leaves))(*direction))
+                return mapped(lambda *parts: self._product(parts, lin.leaves), direction)
             return self._product(direction, lin.leaves)
-
-    def _of_parts(self, leaves: Sequence[Tensor], *direction: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._product(direction, leaves))
 
     def _shapes(self, pull: _Pull) -> Shapes:
         """Return what a node's cotangents are summed to: no plan knows the sizes that a mask left of a tensor."""

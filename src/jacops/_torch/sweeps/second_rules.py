@@ -266,10 +266,10 @@ def _change_quotient(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, mov
 
 # Their backwards hold no value that moves, or only where entries are: maxima, masks, signs.
 _SAME = """
-    AdaptiveAvgPool2D0 Abs0 Alias0 AvgPool2D0 Cat0 Clamp1 Clone0 ConstantPadNd0 Cumsum0 Diagonal0 Div1 Embedding0
-    Expand0 Flip0 Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaxPool2DWithIndices0 Mean0
-    Mean1 Mul1 Neg0 NllLoss0 NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1
-    Squeeze2 Stack0 Sum0 Sum1 T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
+    AdaptiveAvgPool2D0 Abs0 Alias0 AvgPool2D0 Cat0 Clamp1 Clone0 ConstantPadNd0 Cumsum0 Diagonal0 Div1 Expand0 Flip0
+    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaxPool2DWithIndices0 Mean0 Mean1 Mul1 Neg0 NllLoss0
+    NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2 Stack0 Sum0 Sum1
+    T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
 """
 _SPREAD = "Add0 MaskedFill0 Rsub1 Sub0 Where0"
 _RULES: dict[str, SecondRule] = {
