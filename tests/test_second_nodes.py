@@ -105,7 +105,7 @@ ENTRYWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda t: F.relu(t).tanh(),
     "leaky": lambda t: F.leaky_relu(t).tanh(),
     "leaky in place": lambda t: F.leaky_relu_(t * 1.5).tanh(),
-    "threshold in place": lambda t: F.threshold_(t * 1.5, 0.1, 0.2).tanh(),
+    "threshold in place": lambda t: F.threshold(t * 1.5, 0.1, 0.2, inplace=True).tanh(),
     "hardtanh": lambda t: F.hardtanh(t).tanh(),
     "threshold": lambda t: F.threshold(t, 0.1, 0.2).tanh(),
     "abs": lambda t: t.abs().tanh(),
@@ -314,7 +314,7 @@ def test_an_interrupt_or_an_error_inside_of_a_batch_leaves_no_level_behind(monke
 
     monkeypatch.setattr(HessianByNodes, "_product", failing)
     with pytest.raises(KeyboardInterrupt):
-        H @ V
+        _ = H @ V
     assert torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
     torch.testing.assert_close(H @ V, expected)
     assert torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
@@ -350,7 +350,7 @@ class Halved(torch.autograd.Function):
         return grad / 2
 
 
-HOOKS: dict[str, Callable[[Tensor], Any]] = {
+HOOKS: dict[str, Callable[[Any], Any]] = {
     "of a tensor": lambda h: h.register_hook(lambda g: 2 * g),
     "of a node": lambda h: h.grad_fn.register_hook(lambda inputs, outputs: tuple(2 * g for g in inputs)),
     "before a node": lambda h: h.grad_fn.register_prehook(lambda outputs: tuple(2 * g for g in outputs)),
@@ -431,6 +431,8 @@ def of_squares(output: Tensor, y: Tensor) -> Tensor:
 
 class Scaled(nn.Module):
     """A weight through one operation, to be evaluated at single values of it."""
+
+    factor: Tensor
 
     def __init__(self, operation: Callable[[Tensor], Tensor], dtype: torch.dtype = F64) -> None:
         super().__init__()

@@ -28,10 +28,10 @@ _unbatch: Any = getattr(torch, "_remove_batch_dim", None)
 _batches = None not in (_enter, _leave, _batch, _unbatch)
 # The same of `torch.func.vmap`, which takes 57 µs around four tensors, and 14 µs so.
 _functorch: Any = getattr(torch._C, "_functorch", None)
-_func_enter, _func_leave, _func_batch, _func_unbatch = (
-    getattr(_functorch, name, None)
-    for name in ("_vmap_increment_nesting", "_vmap_decrement_nesting", "_add_batch_dim", "_remove_batch_dim")
-)
+_func_enter: Any = getattr(_functorch, "_vmap_increment_nesting", None)
+_func_leave: Any = getattr(_functorch, "_vmap_decrement_nesting", None)
+_func_batch: Any = getattr(_functorch, "_add_batch_dim", None)
+_func_unbatch: Any = getattr(_functorch, "_remove_batch_dim", None)
 _load: Any = getattr(sys.modules.get("torch._functorch.vmap"), "lazy_load_decompositions", None)
 _maps = None not in (_func_enter, _func_leave, _func_batch, _func_unbatch, _load)
 
