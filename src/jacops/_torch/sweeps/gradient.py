@@ -251,7 +251,7 @@ class Gradient(Linearization):
         run. Formulas of several operations round too much in half precision, where torch's kernels use float32 inside.
         """
         effects, space = self.proofs.effects, self.domain
-        plain = self.plain and not (self.aliased_leaves or self.hooked) and not (effects is not None and effects.packs)
+        plain = self.plain and not (self.aliased_leaves or self.hooks) and not (effects is not None and effects.packs)
         kinds = [type(leaf) for leaf in self.leaves]
         alike = space.is_uniform and space.dtype in _DTYPES and self.loss.outputs[0].dtype is space.dtype
         return plain and alike and {Tensor, nn.Parameter}.issuperset(kinds)
