@@ -251,7 +251,7 @@ def test_a_remembered_matrix_takes_no_check(call: str, sweeps: Counter[str]) -> 
 
     verb = getattr(jacops, call)
     first, again = first_and_again(lambda: verb(model, nn.functional.mse_loss, x, y).dense(), count)
-    assert again.get("single", 0) <= 2  # of a Gauss-Newton matrix, the double backward's
+    assert again.get("single", 0) <= 2  # of a Gauss-Newton matrix, the double backward's graph
     assert again.get("single", 0) < first["single"]
     assert again.get("batched", 0) <= first.get("batched", 0)
 

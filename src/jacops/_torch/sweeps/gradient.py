@@ -165,10 +165,9 @@ class RowsByNodesTogether(RowsByNodes):
     name = "node by node, batched"
 
     def refuses(self, ask: SweepAsk) -> str | None:
-        """One needs no batch, large ones gain nothing from it, and torch's batching is not right for all operations."""
+        """One product needs no batch, and large ones gain nothing from it."""
         lin: Any = ask.lin
-        reason = "" if ask.many == 1 or lin.is_large else super().refuses(ask)
-        return reason if reason is not None or lin.by_nodes.is_written else ""
+        return "" if ask.many == 1 or lin.is_large else super().refuses(ask)
 
     def describe(self, ask: SweepAsk) -> str:
         """Name the number of products."""
@@ -255,7 +254,7 @@ class Gradient(Linearization):
         run. Formulas of several operations round too much in half precision, where torch's kernels use float32 inside.
         """
         effects, space = self.proofs.effects, self.domain
-        plain = self.plain and not (self.aliased_leaves or self.hooked) and not (effects is not None and effects.packs)
+        plain = self.plain and not (self.aliased_leaves or self.hooks) and not (effects is not None and effects.packs)
         kinds = [type(leaf) for leaf in self.leaves]
         alike = space.is_uniform and space.dtype in _DTYPES and self.loss.outputs[0].dtype is space.dtype
         return plain and alike and {Tensor, nn.Parameter}.issuperset(kinds)

@@ -129,10 +129,10 @@ def refuse_cut(call: str, functions: Sequence[str], results: Sequence[Tensor | N
         )
 
 
-def inspect_graph(tensors: Iterable[Tensor]) -> GraphInfo:
-    """Walk the graph behind `tensors` once."""
+def inspect_graph(tensors: Iterable[Tensor], hooks: int = 0) -> GraphInfo:
+    """Walk the graph behind `tensors` once; of its `hooks`, which no node shows, the number is noted."""
     pairs = [(tensor, tensor.grad_fn) for tensor in tensors]
-    wiring: list[Any] = [tensor.output_nr for tensor, _ in pairs]
+    wiring: list[Any] = [hooks, *[tensor.output_nr for tensor, _ in pairs]]
     sizes: list[Any] = [tensor.shape for tensor, _ in pairs]
     leaves = {id(tensor): -1 for tensor, root in pairs if root is None and tensor.requires_grad}
     stack: list[Any] = list(dict.fromkeys([root for _, root in pairs if root is not None]))

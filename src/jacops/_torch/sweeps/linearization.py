@@ -60,7 +60,7 @@ class Linearization:
         aliased_leaves: More tensors that stand for leaf `j`: the caller's own parameter, beside a private copy.
         protected: Tensors whose `.grad` a backward pass must leave as it is.
         plain: The graph is known to hold no custom Functions, without a walk over it.
-        hooked: Its forward registered hooks, which no graph shows: what is proved of it holds for this recording alone.
+        hooks: How many hooks its forward registered.
         pulls: Routes for many cotangents.
     """
 
@@ -90,7 +90,7 @@ class Linearization:
         self.store: ProofStore | None = None
         self.protected: Sequence[Tensor] = ()
         self.weights: Weights | None = None
-        self.sweeps, self.plain, self.hooked = 0, False, False
+        self.sweeps, self.plain, self.hooks = 0, False, 0
         self._double_backward: DoubleBackward | None = None
         self._nodewise: Nodewise | None = None
         self._graph_info: GraphInfo | None = None
@@ -124,7 +124,7 @@ class Linearization:
     def graph_info(self) -> GraphInfo:
         """What the graph holds; read once."""
         if self._graph_info is None:
-            self._graph_info = inspect_graph(self.outputs)
+            self._graph_info = inspect_graph(self.outputs, self.hooks)
         return self._graph_info
 
     def look_up(self, store: ProofStore, effects: SideEffects | None = None) -> SideEffects | None:
@@ -139,7 +139,7 @@ class Linearization:
 
     def rely_on(self, proofs: Proofs) -> SideEffects | None:
         """Use these proofs; return what the forward does besides arithmetic, None where that is not known."""
-        self.proofs = proofs.forgotten() if self.hooked else proofs
+        self.proofs = proofs
         effects = proofs.effects
         if effects is not None and effects.coarse is not None:
             self._coarse.append(effects.coarse)
@@ -171,7 +171,7 @@ class Linearization:
     def depend_on(self, lin: Linearization, aliased: tuple[tuple[int, Tensor], ...]) -> None:
         """Take over what is known of another one, from the same point."""
         self.proofs, self.protected, self.weights, self.aliased_leaves = lin.proofs, lin.protected, lin.weights, aliased
-        self.hooked = lin.hooked
+        self.hooks = lin.hooks
         self._coarse += [*lin._coarse, *lin.domain.dtypes, *[o.dtype for o in lin.outputs]]
 
     @property

@@ -89,12 +89,6 @@ class Proofs:
         """Copy and pickle without proofs: they belong to one function, and their keys to this process."""
         return Proofs, (self.checks,)
 
-    def forgotten(self) -> Proofs:
-        """Return proofs of the same graph that nothing is known of but what its forward does."""
-        found = Proofs(self.checks)
-        found.effects, found.widths = self.effects, self.widths
-        return found
-
     def renew(self) -> None:
         """Begin a recording: forget all if what proofs depend on has changed."""
         self._age += 1

@@ -197,12 +197,12 @@ class ModelRun:
         with recording(pulled=self._pulled, watch=watch, plain=plain), watching, written:
             before, hidden, first = self._forward(replica, copied)
             output = before if self.finish is None else self.finish(before)
-            hooked = next_hook() != first
+            hooks = next_hook() - first
         leaves, names, aliased_leaves = self._leaves(replica, inputs, hidden)
         outputs, tree = output_leaves(output, aside=self.aside)
         named = {"leaf_names": names, "output_names": tree.names, "domain": self._domain(names)}
         lin = Linearization(leaves, outputs, **named, call=self.call, private=True, fallback=self.fallback)
-        lin.weights, lin.hooked = self.weights, hooked
+        lin.weights, lin.hooks = self.weights, hooks
         lin.protected = self.structure.trainable
         self.store.domain = lin.domain if self.chosen else None
         # The caller's own parameter in the graph of a private copy: something outside the module holds it.
@@ -283,7 +283,7 @@ def record_further(found: Recording, finish: Callable[[Any], Any], purpose: Any,
             output = finish(found.tree.build([part.clone() for part in lin.outputs]))
         flat, tree = output_leaves(output)
         further = lin.to(flat, tree.names, call)
-        further.hooked = lin.hooked or next_hook() != first
+        further.hooks = lin.hooks + next_hook() - first
         return Recording(further, tree, output, found.inputs, found.before, found.by_inputs), further
 
     result = watched(own, record, lin.protected)
@@ -311,7 +311,7 @@ def record_at_outputs(
     tensors, tree = output_leaves(value)
     inner, outer_names = found.tree.names, tree.names
     outer = Linearization(leaves, tensors, leaf_names=inner, output_names=outer_names, call=call, private=True)
-    outer.hooked = next_hook() != first
+    outer.hooks = next_hook() - first
     arrays = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     outer.look_up(store_for(purpose, ("at outputs", arrays), lin.proofs.checks), SideEffects())
     return Recording(outer, tree, value)

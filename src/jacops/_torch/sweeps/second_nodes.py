@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..._ladder.failures import RouteFailedError
 from ..._runtime.contexts import sweeping
+from ..._runtime.engine import mapped
 from ..._runtime.restoring import restoring
 from ..._runtime.rows import Rows
 from .graph import parents_first
@@ -27,11 +27,6 @@ from .second_rules import Needs, Parts, SecondRule, second_rule, transposed
 
 if TYPE_CHECKING:
     from .linearization import Linearization
-
-# Share of the nodes that may lack a rule of their own: torch's derivative of one node takes 30 to 40 µs, a second
-# backward pass about 10 µs for each (nets of three linear layers).
-_UNWRITTEN = 0.25
-
 
 Shapes = Sequence[tuple[int, Sequence[int]]]
 
@@ -101,29 +96,16 @@ def second_plan(lin: Linearization, leaves: tuple[int, ...]) -> SecondPlan:
             moving.add(info.nodes[node])
             made.append((info.nodes[node], node, sources))
     rules = [second_rule(node) for _, node, _ in made]
-    if any(not rule.written and _entangled(node) for (_, node, _), rule in zip(made, rules, strict=True)):
-        raise RouteFailedError("an operation without a rule of its own, whose inputs depend on each other")
-    if sum(not rule.written for rule in rules) > _UNWRITTEN * len(rules):
-        raise RouteFailedError("too many operations without a rule of their own")
     return SecondPlan(leaves, _pushes(made, rules), _pulls(made, rules, set(leaves)))
 
 
 def _check(node: Any, lin: Linearization) -> None:
     """Refuse nodes with several outputs, and numbers that are not of the leaves' one kind."""
-    name, dtype = node.name(), lin.leaves[0].dtype
-    if "::" in name or len(node._input_metadata) != 1 or any(number for _, number in node.next_functions):
-        raise RouteFailedError(f"no rule for {name}")
+    dtype = lin.leaves[0].dtype
+    if len(node._input_metadata) != 1 or any(number for _, number in node.next_functions):
+        raise RouteFailedError(f"no rule for {node.name()}")
     if node._input_metadata[0].dtype != dtype or node._input_metadata[0].is_nested_tensor:
         raise RouteFailedError("tensors of several dtypes")
-
-
-def _entangled(node: Any) -> bool:
-    """Return whether one input of a node was computed from another: then torch's derivative by one is by both."""
-    parents = [parent for parent, _ in node.next_functions if parent is not None]
-    if len(parents) == 1:
-        return False
-    behind = [set(parents_first([parent])) - {parent} for parent in parents]
-    return len(set(parents)) < len(parents) or any(parent in others for parent in parents for others in behind)
 
 
 def _pushes(made: list[tuple[int, Any, tuple[int, ...]]], rules: list[SecondRule]) -> tuple[_Push, ...]:
@@ -168,11 +150,6 @@ class HessianByNodes:
         self._pulls = [(pull, self._shapes(pull) if pull.spread else ()) for pull in plan.pulls]
         self._cotangents: list[Tensor | None] | None = None  # of every node, which products share
 
-    @property
-    def is_written(self) -> bool:
-        """Whether all operations have rules of their own."""
-        return all([pull.rule.written for pull in self._plan.pulls])
-
     @restoring
     def product(self, lin: Linearization, direction: Sequence[Tensor], together: bool = False) -> Rows:
         """Return one tensor per leaf from one per leaf; `(k, *leaf)` from the same where several go `together`."""
@@ -180,11 +157,8 @@ class HessianByNodes:
             if self._cotangents is None:
                 self._cotangents = self._pulled(torch.ones_like(lin.outputs[0]))
             if together:
-                return list(torch.func.vmap(partial(self._of_parts, lin.leaves))(*direction))
+                return mapped(lambda *parts: self._product(parts, lin.leaves), direction)
             return self._product(direction, lin.leaves)
-
-    def _of_parts(self, leaves: Sequence[Tensor], *direction: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._product(direction, leaves))
 
     def _shapes(self, pull: _Pull) -> Shapes:
         """Return what a node's cotangents are summed to: no plan knows the sizes that a mask left of a tensor."""

@@ -2,8 +2,9 @@
 
 A node takes a cotangent back by its backward, which depends on the values that the node holds. Where those values move
 along a direction, so does the result: by the backward of the cotangent's own change, and by the derivative of the
-backward by the values. The rule of an operation says both; nodes without a rule have it from torch's derivative of
-their backward.
+backward by the values. The rule of an operation says both. For an operation without one, torch's derivative of its
+backward would do, but takes longer than all that a product saves: 1.1 to 1.6 times the time of a sweep with one or two
+such nodes (norms, Mish, PReLU).
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
-from ..._runtime.engine import swept
-from ..._runtime.restoring import restoring
+from ..._ladder.failures import RouteFailedError
 from .node_rules import TransposedBackward, axis_of
 
 Parts = Sequence[Tensor | None]
@@ -37,7 +36,6 @@ class SecondRule:
         bends: The backward depends on inputs that move.
         reads: `change` uses `moved`.
         spread: Inputs that may have been broadcast, whose cotangents are to be summed.
-        written: The rule is one of this operation, not the general one.
     """
 
     pull: Callable[[Any, Tensor, Needs], Parts]
@@ -45,12 +43,18 @@ class SecondRule:
     bends: bool = True
     reads: bool = False
     spread: tuple[int, ...] = ()
-    written: bool = True
 
 
 def second_rule(node: Any) -> SecondRule:
-    """Return the rule of a node."""
-    return _RULES.get(node.name(), _GENERAL)
+    """Return the rule of a node.
+
+    Raises:
+        RouteFailedError: There is none for this operation.
+    """
+    rule = _RULES.get(node.name())
+    if rule is None:
+        raise RouteFailedError(f"no rule for {node.name()}")
+    return rule
 
 
 def transposed(node: Any, tangents: Parts) -> Parts:
@@ -71,31 +75,8 @@ def _moved_on(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Ten
     return _backward(node, dc, needs)
 
 
-@restoring
-def _differentiated(
-    node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Tensor | None, needs: Needs
-) -> Parts:
-    """Return the change by torch's derivative of the backward: a Hessian, and so its own transpose."""
-    with torch.enable_grad():
-        pairs = zip(_backward(node, c, needs), moving, strict=True)
-        bent = [(g, t) for g, t in pairs if g is not None and t is not None and g.requires_grad]
-        edges = [GradientEdge(*edge) for edge, need in zip(node.next_functions, needs, strict=True) if need]
-        grads, seeds = [g for g, _ in bent], [t.to(g.dtype).expand(g.shape) for g, t in bent]
-        found = iter(swept(grads, edges, seeds) if bent else [None] * len(edges))
-    plain = _backward(node, dc, needs)
-    return [_plus_summed(part, next(found)) if need else None for part, need in zip(plain, needs, strict=True)]
-
-
-def _plus_summed(part: Tensor | None, found: Tensor | None) -> Tensor | None:
-    """Add what a node gave, which is not summed over what was broadcast, to what the engine found, which is."""
-    return part if found is None else found if part is None else part.sum_to_size(found.shape) + found
-
-
 def _plus(left: Tensor | None, right: Tensor | None) -> Tensor | None:
     return right if left is None else left if right is None else left + right
-
-
-_GENERAL = SecondRule(_backward, _differentiated, spread=(0, 1, 2, 3), written=False)
 
 
 # ---- operations on each entry alone ------------------------------------------------------------------------------
@@ -160,7 +141,7 @@ def _of_logsigmoid(node: Any, moving: Tensor, moved: Any) -> Tensor:
 
 
 def _of_elu(node: Any, moving: Tensor, moved: Tensor) -> Tensor:
-    value = node._saved_self if node.name() == _OF_VALUE else node._saved_result  # negative together
+    value = node._saved_self if hasattr(node, "_saved_self") else node._saved_result  # in place: of the same sign
     return torch.where(value < 0, moved, 0) * node._saved_input_scale  # at zero, where it may bend, torch gives none
 
 
@@ -303,11 +284,10 @@ def _change_prelu(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved:
 # Their backwards hold no value that moves, or only where entries are: maxima, masks, signs.
 _SAME = """
     AdaptiveAvgPool2D0 Abs0 Alias0 AvgPool2D0 Cat0 Clamp1 Clone0 ConstantPadNd0 Cumsum0 Diagonal0 Div1 Expand0 Flip0
-    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaxPool2DWithIndices0 Mean0 Mean1 Mul1
-    Neg0 NllLoss0 NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2
-    Stack0 Sum0 Sum1 T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
+    Gather0 Hardtanh0 Index0 IndexSelect0 LeakyRelu0 LeakyRelu1 MaxPool2DWithIndices0 Mean0 Mean1 Mul1 Neg0 NllLoss0
+    NllLoss2D0 Permute0 Relu0 Repeat0 ReshapeAlias0 Roll0 Select0 Slice0 Squeeze0 Squeeze1 Squeeze2 Stack0 Sum0 Sum1
+    T0 Threshold0 Threshold1 Transpose0 Tril0 Triu0 UnsafeView0 Unsqueeze0 View0
 """
-_OF_VALUE = "EluBackward0"
 _SPREAD = "Add0 MaskedFill0 Rsub1 Sub0 Where0"
 _RULES: dict[str, SecondRule] = {
     **dict.fromkeys((f"{n[:-1]}Backward{n[-1]}" for n in _SAME.split()), SecondRule(_backward, _moved_on, bends=False)),
@@ -330,7 +310,7 @@ _RULES: dict[str, SecondRule] = {
     "SiluBackward0": _entrywise(_of_silu, reads=False),
     "SoftplusBackward0": _entrywise(_of_softplus, reads=False),
     "LogSigmoidBackward0": _entrywise(_of_logsigmoid, reads=False),
-    _OF_VALUE: _entrywise(_of_elu),
+    "EluBackward0": _entrywise(_of_elu),
     "EluBackward1": _entrywise(_of_elu),
     "LogSoftmaxBackward0": SecondRule(_backward, _of_log_softmax, reads=True),
     "SoftmaxBackward0": SecondRule(_backward, _of_softmax, reads=True),
