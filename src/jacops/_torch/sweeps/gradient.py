@@ -129,10 +129,21 @@ _CHEAPER, _SWEEP = Cost(0.5), Cost(1)
 PRODUCTS = (ProductByNodes(), ProductBySweep())
 
 
+class MatchesPlainOnce(MatchesPlain):
+    """The same, of a gradient that is not needed for later products."""
+
+    def evidence(self, route: Any, ask: SweepAsk, found: Rows) -> bool:
+        """Return whether the rows were distinguished from rounding, and drop what was recorded for that."""
+        lin: Any = ask.lin
+        proved = super().evidence(route, ask, found)
+        lin.release()
+        return proved
+
+
 class RowsByNodes:
     """Many products, one by one."""
 
-    name, claims, leaving = "node by node", (MatchesPlain(),), "silent"
+    name, claims, leaving = "node by node", (MatchesPlainOnce(),), "silent"
 
     def refuses(self, ask: SweepAsk) -> str | None:
         """No graph of the products is made."""
