@@ -197,17 +197,27 @@ def _matrix_product(left: str, offset: bool, multiply: Callable[..., Tensor], ad
         other = multiply(getattr(node, left).mT, c) if needs[first + 1] else None
         return (added if needs[0] else None, one, other) if offset else (one, other)
 
+    def met(total: Tensor | None, x: Tensor, c: Tensor, turned: bool) -> Tensor:
+        """Return `total + x' c`, as the transpose of a matrix if `turned`."""
+        a, b = (c.mT, x) if turned else (x.mT, c)
+        found = multiply(a, b) if total is None else add(total.mT if turned else total, a, b)
+        return found.mT if turned else found
+
     def change(node: Any, c: Tensor, dc: Tensor | None, moving: Parts, moved: Any, needs: Needs) -> Parts:
-        added, one, other = (None, None, None) if dc is None else (None, None, *pull(node, dc, needs))[-3:]
-        _, c = factors(node, c)
+        added = one = other = None
         left_moved, right_moved = moving[first:]
+        # Where a weight is stored as the transpose of what is multiplied, so is its change: no copy turns it later.
+        turned = right_moved is not None and right_moved.stride(-2) == 1 != right_moved.stride(-1)
+        if dc is not None:
+            added, dc = factors(node, dc)
+            one = multiply(dc, getattr(node, right).mT) if needs[first] else None
+            other = met(None, getattr(node, left), dc, turned) if needs[first + 1] else None
+        _, c = factors(node, c)
         if right_moved is not None and needs[first]:
-            turned = right_moved.mT
-            one = multiply(c, turned) if one is None else add(one, c, turned)
+            one = multiply(c, right_moved.mT) if one is None else add(one, c, right_moved.mT)
         if left_moved is not None and needs[first + 1]:
-            turned = left_moved.mT
-            other = multiply(turned, c) if other is None else add(other, turned, c)
-        return (added, one, other) if offset else (one, other)
+            other = met(other, left_moved, c, turned)
+        return (added if needs[0] else None, one, other) if offset else (one, other)
 
     return SecondRule(pull, change, spread=(0,) if offset else ())
 
