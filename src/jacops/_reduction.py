@@ -57,8 +57,8 @@ def check_reduction(objective: Any, batch: Batch, rows: int = FEW_ROWS) -> None:
     seeded = objective.seed is not None  # rows alone are other functions than in a batch, nearby as well
     if (found.scale or seeded) and found.gap <= allowed * found.scale:
         return
-    near_enough = not (seeded or objective.foreign) and found.gap <= max(allowed, _TOLERANCE) * found.scale
-    if near_enough and _is_mixed(objective, some, found):
+    near_enough = found.scale and found.gap <= max(allowed, _TOLERANCE) * found.scale
+    if near_enough and not (seeded or objective.foreign) and _is_mixed(objective, some, found):
         return
     near = found if seeded else _nearby(objective, some)
     if near.gap > allowed * near.scale:
