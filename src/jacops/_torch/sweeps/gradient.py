@@ -29,9 +29,9 @@ from .pulls import PULLS, MatchesPlain
 from .second_nodes import HessianByNodes, leaf_places, second_plan
 from .weights import check_kept
 
-# Bytes of a loss's cotangents from which on several products in one pass gain nothing. With 16 products one pass took, of
-# the time of passes one by one by one thread and by two, 0.73 and 0.52 at 380 KB, 0.92 and 0.72 at 590 KB, and 1.14 to
-# 1.26 and 1.03 to 1.11 at 830 to 880 KB (MLPs); 0.47 and 0.34 at 560 KB, and 0.85 and 0.74 at 2 MB (CNNs).
+# Bytes of a loss's cotangents from which on several products in one pass gain nothing. With 16 products one pass took,
+# of the time of passes one by one by one thread and by two, 0.73 and 0.52 at 380 KB, 0.92 and 0.72 at 590 KB, and 1.14
+# to 1.26 and 1.03 to 1.11 at 830 to 880 KB (MLPs); 0.47 and 0.34 at 560 KB, and 0.85 and 0.74 at 2 MB (CNNs).
 _LARGE = 700_000
 _DTYPES = (torch.float32, torch.float64)
 
