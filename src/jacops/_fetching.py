@@ -23,7 +23,7 @@ def together(loader: Any) -> Any:
     if loader.batch_sampler is None or not _is_plain(loader.dataset) or not _stacks():
         return loader
     read = copy(loader)
-    # Which a DataLoader lets nobody set.
+    # A DataLoader refuses assignments to these attributes.
     vars(read).update(dataset=_Picked(loader.dataset), collate_fn=_as_it_is)
     return read
 
